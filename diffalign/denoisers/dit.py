@@ -1,0 +1,127 @@
+"""Stable Diffusion 3 and 3.5: a multi-modal transformer on rectified flow; two CLIP text encoders, and T5 if there."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from diffalign.denoisers.family import Family
+from diffalign.errors import InputError
+from diffalign.paths import FlowPath, Prediction, TimestepSampling
+from diffalign.types import Cond
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTDenoiser:
+    """An `SD3Transformer2DModel` along the straight path from data to noise."""
+
+    net: nn.Module
+    """The diffusers model; DDP, compile and LoRA wrap this, never the adapter."""
+    path: FlowPath
+    timestep_scale: float
+    """What the network multiplies t in [0, 1] by: the scheduler's `num_train_timesteps`."""
+    prediction: Prediction = "velocity"
+
+    def __call__(self, x_t: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
+        return self.net(
+            x_t,
+            encoder_hidden_states=cond["prompt_embeds"],
+            pooled_projections=cond["pooled_prompt_embeds"],
+            timestep=t * self.timestep_scale,
+            return_dict=False,
+        )[0].float()
+
+
+def make_denoiser(net: nn.Module, scheduler: Mapping[str, Any], timesteps: TimestepSampling | None) -> DiTDenoiser:
+    """A denoiser whose shift and timestep scale come from the folder's scheduler config."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler)).config
+    if config.use_dynamic_shifting:
+        raise InputError("scheduler.use_dynamic_shifting must be false for the family 'sd3', got true")
+    sampling = (timesteps or TimestepSampling()).resolved("logit_normal")
+    path = FlowPath(shift=float(config.shift), timesteps=sampling)
+    return DiTDenoiser(net=net, path=path, timestep_scale=float(config.num_train_timesteps))
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
+    """Joined token states and pooled states of the text encoders, as the pipeline itself computes them."""
+    texts = list(prompts)
+    options = {"device": pipeline.device, "do_classifier_free_guidance": False, **call_options(pipeline)}
+    with _width_known(pipeline):
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompt=texts, prompt_2=texts, prompt_3=texts, **options)
+    return Cond({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
+
+
+@contextmanager
+def _width_known(pipeline: Any) -> Iterator[None]:
+    """Without T5 the pipeline asks its transformer for the text width: a transformer without weights will do."""
+    if pipeline.transformer is not None:
+        yield
+        return
+    cls: Any = _net_class()
+    with torch.device("meta"):
+        shell = cls.from_config(cls.load_config(pipeline.config._name_or_path, subfolder="transformer"))
+    pipeline.register_modules(transformer=shell)
+    try:
+        yield
+    finally:
+        pipeline.register_modules(transformer=None)
+
+
+def call_options(pipeline: Any) -> dict[str, Any]:
+    """Where T5 is left out, as many zeros in its place as CLIP has tokens.
+
+    That is what the model was trained with (Esser et al., arXiv 2403.03206: 77 and 77 tokens); the pipeline's default
+    of 256 costs time and asks for something that training never saw.
+    """
+    return {"max_sequence_length": pipeline.tokenizer_max_length} if pipeline.text_encoder_3 is None else {}
+
+
+def use_sampler(pipeline: Any) -> None:
+    """The pipeline's own Euler sampler of the flow, which is deterministic already."""
+
+
+def save_lora(folder: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Writes a LoRA so that `load_lora_weights` of the pipeline reads it back with its alpha."""
+    from diffusers import StableDiffusion3Pipeline
+
+    StableDiffusion3Pipeline.save_lora_weights(
+        folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
+    )
+
+
+def _net_class() -> type:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel
+
+
+SD3 = Family(
+    name="sd3",
+    pipelines=("StableDiffusion3Pipeline",),
+    net="transformer",
+    text=("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
+    lora_targets=(
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    ),
+    net_class=_net_class,
+    make_denoiser=make_denoiser,
+    encode_prompts=encode_prompts,
+    use_sampler=use_sampler,
+    call_options=call_options,
+    save_lora=save_lora,
+)

@@ -1,0 +1,79 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net on a discrete DDPM schedule, with one CLIP text encoder."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diffalign.denoisers.family import Family
+from diffalign.paths import DDPMPath, Prediction, TimestepSampling
+from diffalign.types import Cond
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetDenoiser:
+    """A `UNet2DConditionModel` along its DDPM path."""
+
+    net: nn.Module
+    """The diffusers model; DDP, compile and LoRA wrap this, never the adapter."""
+    path: DDPMPath
+    prediction: Prediction
+
+    def __call__(self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
+        return self.net(x_t, t, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0].float()
+
+
+def make_denoiser(net: nn.Module, scheduler: Mapping[str, Any], timesteps: TimestepSampling | None) -> UNetDenoiser:
+    """A denoiser whose path and prediction type come from the folder's scheduler config."""
+    from diffusers import DDPMScheduler
+
+    ddpm = DDPMScheduler.from_config(dict(scheduler))
+    sampling = (timesteps or TimestepSampling()).resolved("uniform")
+    path = DDPMPath(alpha_bar=ddpm.alphas_cumprod, timesteps=sampling)
+    return UNetDenoiser(net=net, path=path, prediction=ddpm.config.prediction_type)
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
+    """Last hidden states of the text encoder, as the pipeline itself computes them."""
+    embeds, _ = pipeline.encode_prompt(list(prompts), pipeline.device, 1, False)
+    return Cond({"prompt_embeds": embeds})
+
+
+def use_sampler(pipeline: Any) -> None:
+    """DDIM without noise, on the model's own schedule."""
+    from diffusers import DDIMScheduler
+
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+
+
+def save_lora(folder: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Writes a LoRA so that `load_lora_weights` of the pipeline reads it back with its alpha."""
+    from diffusers import StableDiffusionPipeline
+
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
+
+
+def _net_class() -> type:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel
+
+
+SD = Family(
+    name="sd",
+    pipelines=("StableDiffusionPipeline",),
+    net="unet",
+    text=("text_encoder", "tokenizer"),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    net_class=_net_class,
+    make_denoiser=make_denoiser,
+    encode_prompts=encode_prompts,
+    use_sampler=use_sampler,
+    call_options=lambda pipeline: {},
+    save_lora=save_lora,
+)

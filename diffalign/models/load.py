@@ -1,0 +1,250 @@
+"""Into Diffusers' classes: pipelines, and single components of them, from a folder, a hub id or a shipped name.
+
+Only safetensors are read. Nothing is loaded that was not asked for: training from a cache takes the denoiser alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from diffalign.denoisers import FAMILIES, Family
+from diffalign.errors import InputError
+from diffalign.shipped import MODELS, resolve
+
+_NOT_FOR_IMAGES = {"safety_checker", "feature_extractor", "image_encoder"}
+_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Which model is aligned, and from where it starts."""
+
+    path: str
+    """Folder of a Diffusers pipeline, hub id, or name of a shipped model ("tiny-sd")."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """Weight variant in the folder or repository, such as "fp16"."""
+    vae: str | None = None
+    """Folder or hub id of another AutoencoderKL than the pipeline's own."""
+    denoiser: str | None = None
+    """Folder or hub id of a fine-tuned denoiser (or of a run's export) to start from; it is the reference too."""
+    lora: str | None = None
+    """Folder or file of a LoRA to start from; base and LoRA together are the reference too."""
+
+
+def pipeline_index(source: ModelSource) -> dict[str, Any]:
+    """Components of the pipeline by name, as its `model_index.json` lists them.
+
+    Raises:
+        InputError: No such folder or repository, a pickle checkpoint, or a folder with a part missing.
+    """
+    from diffusers import DiffusionPipeline
+
+    path = resolve(source.path, MODELS)
+    if path.endswith(_PICKLE):
+        raise InputError(_pickle_message("model.path", path))
+    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+        raise InputError(
+            f"model.path must be the folder of a Diffusers pipeline, got {path!r} without model_index.json"
+        )
+    with _one_line("model.path", path):
+        index = DiffusionPipeline.load_config(path, revision=source.revision)
+    if Path(path).is_dir():
+        _check_folder(Path(path), index)
+    return dict(index)
+
+
+def detect_family(source: ModelSource) -> Family:
+    """The family of a pipeline, by the class that its `model_index.json` names."""
+    name = pipeline_index(source).get("_class_name")
+    for family in FAMILIES.values():
+        if name in family.pipelines:
+            return family
+    known = ", ".join(f"{f.name} ({', '.join(f.pipelines)})" for f in FAMILIES.values())
+    raise InputError(f"model.path must be a pipeline of a known family, got {name!r}; known families: {known}")
+
+
+def load_pipeline(source: ModelSource, *, only: Sequence[str] | None = None, net: nn.Module | None = None) -> Any:
+    """The Diffusers pipeline, in eval mode and with float32 weights.
+
+    Args:
+        source: Its `vae`, `denoiser` and `lora` are in place of, or on top of, the pipeline's own.
+        only: Components that are loaded, beside the scheduler; None loads all that images are made with.
+        net: A denoiser that takes its place in the pipeline as it is, instead of a loaded one.
+    """
+    from diffusers import DiffusionPipeline
+
+    index = pipeline_index(source)
+    family = detect_family(source)
+    there = {name: value[0] is not None for name, value in index.items() if isinstance(value, list)}
+    wanted = set(there) - _NOT_FOR_IMAGES if only is None else {*only, "scheduler"}
+    parts: dict[str, Any] = {name: None for name, present in there.items() if not present or name not in wanted}
+    if source.vae is not None and "vae" in wanted:
+        parts["vae"] = load_vae(source)
+    if net is None and source.denoiser is not None and family.net in wanted:
+        parts[family.net] = load_net(source, family)
+    if net is not None:
+        parts[family.net] = net
+    with _one_line("model.path", source.path):
+        pipeline = DiffusionPipeline.from_pretrained(
+            resolve(source.path, MODELS),
+            revision=source.revision,
+            variant=source.variant,
+            use_safetensors=True,
+            dtype=torch.float32,
+            **parts,
+            **({"requires_safety_checker": False} if "requires_safety_checker" in index else {}),
+        )
+    if net is None and source.lora is not None and family.net in wanted:
+        load_lora_into(pipeline, source.lora)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module) and component is not net:
+            component.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_lora_into(pipeline: Any, path: str, *, adapter: str | None = None) -> None:
+    """Adds a LoRA (folder, file or hub id) to a pipeline, by the pipeline's own loader.
+
+    Raises:
+        InputError: It is a pickle, it cannot be read, or it adapts a text encoder that the pipeline does not hold.
+    """
+    if path.endswith(_PICKLE):
+        raise InputError(_pickle_message("model.lora", path))
+    place = Path(path)
+    file = place if place.is_file() else next(iter(sorted(place.glob("*.safetensors"))), None)
+    if place.exists() and file is None:
+        raise InputError(f"model.lora must hold a .safetensors file, got {path!r} with none")
+    with _one_line("model.lora", path):
+        if file is None:
+            pipeline.load_lora_weights(path, adapter_name=adapter)
+            return
+        with safe_open(file, framework="pt") as content:
+            foreign = [k for k in content.keys() if k.startswith(("text_encoder", "lora_te"))]
+        if foreign and pipeline.components.get("text_encoder") is None:
+            raise InputError(f"model.lora must adapt the denoiser only, got {path!r} with {foreign[0]!r}")
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
+
+
+def load_net(source: ModelSource, family: Family) -> nn.Module:
+    """The denoiser alone: the source's fine-tuned one if it names one, else the pipeline's."""
+    if source.denoiser is None:
+        return _component(family.net_class(), source, resolve(source.path, MODELS), family.net)
+    path = resolve(source.denoiser, MODELS)
+    if path.endswith(_PICKLE):
+        raise InputError(_pickle_message("model.denoiser", path))
+    inside = Path(path) / family.net
+    subfolder = family.net if inside.is_dir() or not Path(path).is_dir() else None
+    return _component(family.net_class(), ModelSource(path=path), path, subfolder, where="model.denoiser")
+
+
+def load_vae(source: ModelSource) -> Any:
+    """The AutoencoderKL alone."""
+    from diffusers import AutoencoderKL
+
+    if source.vae is None:
+        return _component(AutoencoderKL, source, resolve(source.path, MODELS), "vae")
+    path = resolve(source.vae, MODELS)
+    if path.endswith(_PICKLE):
+        raise InputError(_pickle_message("model.vae", path))
+    subfolder = "vae" if (Path(path) / "vae").is_dir() else None
+    return _component(AutoencoderKL, ModelSource(path=path), path, subfolder, where="model.vae")
+
+
+def load_vae_config(source: ModelSource) -> dict[str, Any]:
+    """Scaling constants and sizes of the VAE, without its weights."""
+    from diffusers import AutoencoderKL
+
+    path = resolve(source.vae or source.path, MODELS)
+    subfolder = "vae" if source.vae is None or (Path(path) / "vae").is_dir() else None
+    with _one_line("model.vae" if source.vae else "model.path", path):
+        return dict(AutoencoderKL.load_config(path, subfolder=subfolder, revision=source.revision))
+
+
+def load_net_config(source: ModelSource, family: Family) -> dict[str, Any]:
+    """Sizes of the pipeline's denoiser, without its weights."""
+    path = resolve(source.path, MODELS)
+    with _one_line("model.path", path):
+        cls: Any = family.net_class()
+        return dict(cls.load_config(path, subfolder=family.net, revision=source.revision))
+
+
+def load_scheduler_config(source: ModelSource) -> dict[str, Any]:
+    """The folder's scheduler config."""
+    from diffusers import DDPMScheduler
+
+    path = resolve(source.path, MODELS)
+    with _one_line("model.path", path):
+        return dict(DDPMScheduler.load_config(path, subfolder="scheduler", revision=source.revision))
+
+
+def _component(cls: Any, source: ModelSource, path: str, subfolder: str | None, where: str = "model.path") -> Any:
+    folder = Path(path) / (subfolder or "")
+    if Path(path).is_dir():
+        _check_weights(folder, where)
+    with _one_line(where, str(folder) if Path(path).is_dir() else path):
+        net = cls.from_pretrained(
+            path, subfolder=subfolder, revision=source.revision, variant=source.variant, use_safetensors=True,
+            dtype=torch.float32,
+        )  # fmt: skip
+    return net.eval().requires_grad_(False)
+
+
+def _check_folder(folder: Path, index: dict[str, Any]) -> None:
+    for name, value in index.items():
+        if not isinstance(value, list) or value[0] is None or name in _NOT_FOR_IMAGES:
+            continue
+        part = folder / name
+        if not part.is_dir():
+            raise InputError(
+                f"model.path must hold the component {name!r} of its model_index.json, missing in {folder}"
+            )
+        if (part / "config.json").is_file():
+            _check_weights(part, "model.path")
+
+
+def _check_weights(folder: Path, where: str) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{where} must be a folder with weights, got {str(folder)!r}, which is missing")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLE)
+    if pickles:
+        raise InputError(_pickle_message(where, str(pickles[0])))
+    raise InputError(f"{where} must hold a .safetensors file in {str(folder)!r}, got none")
+
+
+def _pickle_message(where: str, path: str) -> str:
+    return (
+        f"{where} must be safetensors weights, got the pickle checkpoint {path!r}, which can run code when read; "
+        "convert it first (load it in a trusted place, then save_pretrained(..., safe_serialization=True))"
+    )
+
+
+@contextmanager
+def _one_line(where: str, path: str) -> Iterator[None]:
+    """Turns the loaders' long messages into one line that names the key and the path; no bars for every file."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{where} must be a loadable model, got {path!r}: {reason}") from error
+    finally:
+        for log in shown:
+            log.enable_progress_bar()

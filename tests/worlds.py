@@ -1,0 +1,165 @@
+"""Small random pipelines of the true classes and small preference data, for tests that walk a whole road."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+SIDE = 16
+WORDS = "a the red green blue small large circle square on white black".split()
+
+
+def tokenizer() -> Any:
+    """A CLIP tokenizer of single letters: no merges, 514 entries, as the published one falls back to."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    entries = [*letters, *[x + "</w>" for x in letters], "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={e: i for i, e in enumerate(entries)}, merges=[], model_max_length=24)
+
+
+def _text(cls: Any, width: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=514,
+        max_position_embeddings=24,
+        projection_dim=width,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+    return cls(config).eval()
+
+
+def _vae(channels: int, **scaling: float) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=SIDE,
+        **scaling,
+    ).eval()
+
+
+def sd(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
+    """A random StableDiffusionPipeline: 16x16 images, 8x8x4 latents."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=_vae(4),
+        text_encoder=_text(CLIPTextModel, 16),
+        tokenizer=tokenizer(),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def sd3(folder: Path, seed: int = 0) -> Path:
+    """A random StableDiffusion3Pipeline without T5: 16x16 images, 8x8x4 latents."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    transformer = SD3Transformer2DModel(
+        sample_size=SIDE // 2,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    ).eval()
+    pipeline = StableDiffusion3Pipeline(
+        vae=_vae(4, shift_factor=0.1, scaling_factor=1.5),
+        text_encoder=_text(CLIPTextModelWithProjection, 16),
+        tokenizer=tokenizer(),
+        text_encoder_2=_text(CLIPTextModelWithProjection, 16),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def png(seed: int, side: int = SIDE) -> bytes:
+    """Encoded noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format="PNG")
+    return out.getvalue()
+
+
+def preference_rows(count: int, ties: int = 0) -> list[dict[str, Any]]:
+    """Rows in Pick-a-Pic's columns; the last `ties` are ties. Four rows share a prompt."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        label = 0.5 if i >= count - ties else float(i % 2)
+        words = np.random.default_rng(1000 + i // 4).choice(WORDS, 3)
+        rows.append(
+            {
+                "caption": " ".join(words) + f" {i // 4}",
+                "jpg_0": png(2 * i),
+                "jpg_1": png(2 * i + 1),
+                "label_0": label,
+                "label_1": 1 - label,
+                "model_0": "random",
+                "ranking_id": int(rng.integers(1 << 30)),
+            }
+        )
+    return rows
+
+
+def parquet(file: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as a parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file
