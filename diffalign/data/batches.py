@@ -1,0 +1,185 @@
+"""Rows to batches: in which order, by which process, with which latents and which prompts.
+
+The run is one stream of samples 0, 1, 2, ...; every epoch is a permutation of the rows. A sample's number decides its
+row and all its random numbers, so batches do not depend on how many processes or micro-batches share an optimizer
+step.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from diffalign import rng
+from diffalign.data.cache import CacheReader, CacheTable, EncodeImages, EncodePrompts, Share
+from diffalign.data.images import Preprocessing, decode, place, to_square
+from diffalign.data.pairs import PairReader, Row
+from diffalign.errors import InputError
+from diffalign.rng import SampleRng
+from diffalign.types import Batch, Cond, ImageBatch, PairBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentScale:
+    """What lies between a VAE's latents z and the denoiser's: x_0 = (z - shift) * scale."""
+
+    scale: float
+    shift: float = 0.0
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Rows by position, as moments of winner and loser and as conditions."""
+
+    def __len__(self) -> int: ...
+
+    def latents(self, row: int, sample: int, member: Literal["w", "l"]) -> tuple[Tensor, Tensor]:
+        """Mean and std of one image, unscaled."""
+        ...
+
+    def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond: ...
+
+
+class CachedRows:
+    """Rows out of a finished cache."""
+
+    def __init__(self, reader: CacheReader, table: CacheTable, rows: Int[Tensor, " n"], seed: int) -> None:
+        self.reader = reader
+        self.table = table
+        self.rows = rows
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def latents(self, row: int, sample: int, member: Literal["w", "l"]) -> tuple[Tensor, Tensor]:
+        places = (self.table.chosen if member == "w" else self.table.rejected)[self.rows[row]]
+        variant = 0
+        if len(places) > 1:
+            variant = int(torch.randint(len(places), (), generator=rng.generator(self.seed, sample, "variant")))
+        mean, std = self.reader.moments(places[variant : variant + 1])
+        return mean[0], std[0]
+
+    def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond:
+        prompt = self.table.prompt[self.rows[torch.tensor(rows)]]
+        return self.reader.cond(torch.where(torch.tensor(dropped), 0, prompt))
+
+
+class LiveRows:
+    """Rows encoded when they are asked for: needs VAE and text encoder in memory, and allows endless random crops."""
+
+    def __init__(
+        self,
+        reader: PairReader,
+        numbers: Sequence[int],
+        prep: Preprocessing,
+        images: EncodeImages,
+        prompts: EncodePrompts,
+        seed: int,
+    ) -> None:
+        self.reader = reader
+        self.numbers = numbers
+        self.prep = prep
+        self.images = images
+        self.prompts = prompts
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def latents(self, row: int, sample: int, member: Literal["w", "l"]) -> tuple[Tensor, Tensor]:
+        found = self._row(row)
+        data = found.chosen if member == "w" else found.rejected
+        if data is None:
+            raise ValueError(f"row {found.number} must have a rejected image, got none")
+        try:
+            pixels = to_square(decode(data), self.prep, place(self.prep, self.seed, found.number, sample))
+        except OSError as error:
+            raise InputError(f"data.path must have readable images, got row {found.number}: {error}") from error
+        mean, std = self.images(pixels[None])
+        return mean[0].float().cpu(), std[0].float().cpu()
+
+    def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond:
+        texts = ["" if drop else self._row(row).prompt for row, drop in zip(rows, dropped, strict=True)]
+        return self.prompts(texts)
+
+    def _row(self, row: int) -> Row:
+        number = self.numbers[row]
+        found = self.reader.row(number, self.reader.table[number])
+        if not isinstance(found, Row):
+            raise InputError(f"data.path must not change while it is read, got row {number} {found.reason}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Makes batches of rows: samples the VAE's posterior, drops prompts (for the pair), scales."""
+
+    rows: Rows
+    kind: Literal["pairs", "images"]
+    scale: LatentScale
+    seed: int
+    prompt_dropout: float = 0.0
+    """Probability that a sample's prompt is replaced by "", for both members of a pair."""
+    latents: Literal["sample", "mean"] = "sample"
+    """Draw from the VAE's posterior afresh each time, as reference trainers do, or take its mean."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prompt_dropout <= 1:
+            raise InputError(f"data.prompt_dropout must be in [0, 1], got {self.prompt_dropout}")
+
+    def batch(self, rows: Sequence[int], samples: Sequence[int]) -> Batch:
+        """The batch of some rows; `samples` are their numbers in the run's stream."""
+        draws = SampleRng(self.seed, tuple(samples))
+        dropped = (draws.uniform("prompt_dropout") < self.prompt_dropout).tolist()
+        cond = self.rows.cond(rows, dropped)
+        x_w = self._latents(rows, draws, "w")
+        if self.kind == "images":
+            return ImageBatch(x_0=x_w, cond=cond, samples=draws.samples)
+        return PairBatch(x_w=x_w, x_l=self._latents(rows, draws, "l"), cond=cond, samples=draws.samples)
+
+    def _latents(self, rows: Sequence[int], draws: SampleRng, member: Literal["w", "l"]) -> Float[Tensor, "b c h w"]:
+        moments = [self.rows.latents(row, s, member) for row, s in zip(rows, draws.samples, strict=True)]
+        z = torch.stack([mean for mean, _ in moments])
+        if self.latents == "sample":
+            z = z + torch.stack([std for _, std in moments]) * draws.normal(z, f"posterior_{member}")
+        return (z - self.scale.shift) * self.scale.scale
+
+
+class Order:
+    """Which row each sample of the stream is: a fresh permutation of the rows every epoch."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self._epoch = -1
+        self._permutation: list[int] = []
+
+    def row(self, sample: int) -> int:
+        epoch, position = divmod(sample, self.length)
+        if epoch != self._epoch:
+            shuffle = rng.generator(self.seed, epoch, "order")
+            self._permutation = torch.randperm(self.length, generator=shuffle).tolist()
+            self._epoch = epoch
+        return self._permutation[position]
+
+
+def stream(
+    collator: Collator, *, batch_size: int, accumulate: int, share: Share, start_step: int = 0
+) -> Iterator[Batch]:
+    """This process's micro-batches from optimizer step `start_step` on, without end; every row once an epoch."""
+    order = Order(len(collator.rows), collator.seed)
+    for micro in itertools.count(start_step * accumulate):
+        first = (micro * share.of + share.mine) * batch_size
+        samples = range(first, first + batch_size)
+        yield collator.batch([order.row(s) for s in samples], list(samples))
+
+
+def held_out(prompt: str, fraction: float) -> bool:
+    """Whether a prompt belongs to the held-out `fraction`, by its hash: all rows of a prompt go together."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") < fraction * 2**64

@@ -1,0 +1,239 @@
+"""From a `[data]` section to rows to train on and rows held out, through the cache, built where it is not."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffalign.checkpoint import write_atomic
+from diffalign.data import cache
+from diffalign.data.batches import CachedRows, LatentScale, LiveRows, Rows, held_out
+from diffalign.data.cache import CacheReader, Share
+from diffalign.data.images import Preprocessing
+from diffalign.data.pairs import Counts, PairReader, Row
+from diffalign.denoisers import Family
+from diffalign.errors import InputError
+from diffalign.models.load import ModelSource, load_net_config, load_pipeline, load_vae_config
+from diffalign.progress import bar
+from diffalign.shipped import MODELS, resolve
+from diffalign.types import Cond
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Rows to train on, rows held out, and the scale of their latents."""
+
+    rows: Rows
+    held: Rows | None
+    scale: LatentScale
+    counts: Counts
+
+
+class Encoders:
+    """VAE and text encoders of a pipeline, loaded when first used, so that a finished cache loads neither."""
+
+    def __init__(self, source: ModelSource, family: Family, device: torch.device) -> None:
+        self.source = source
+        self.family = family
+        self.device = device
+        self._parts: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def images(
+        self, pixels: Float[Tensor, "b 3 height width"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """Mean and std of the VAE's posterior for pixels in [-1, 1]."""
+        vae = self._part("vae", ("vae",)).vae
+        posterior = vae.encode(pixels.to(self.device)).latent_dist
+        return posterior.mean, posterior.std
+
+    def prompts(self, texts: Sequence[str]) -> Cond:
+        """Conditions of prompts, on the CPU."""
+        return self.family.encode_prompts(self._part("text", self.family.text), texts).to("cpu")
+
+    def free(self) -> None:
+        """Lets go of the networks."""
+        self._parts.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _part(self, name: str, components: Sequence[str]) -> Any:
+        if name not in self._parts:
+            self._parts[name] = load_pipeline(self.source, only=components).to(self.device)
+        return self._parts[name]
+
+
+def vae_scale(source: ModelSource) -> LatentScale:
+    """Scaling constants of the VAE's config."""
+    config = load_vae_config(source)
+    return LatentScale(scale=float(config["scaling_factor"]), shift=float(config.get("shift_factor") or 0.0))
+
+
+def native_resolution(source: ModelSource, family: Family) -> int:
+    """Side in pixels that the model was made for: the denoiser's sample size times the VAE's reduction."""
+    blocks = load_vae_config(source)["block_out_channels"]
+    return int(load_net_config(source, family)["sample_size"]) * 2 ** (len(blocks) - 1)
+
+
+def content_key(
+    source: ModelSource, family: Family, reader: PairReader, prep: Preprocessing, *, dtype: str, seed: int
+) -> dict[str, Any]:
+    """Everything that the content of a cache depends on, by name."""
+    random = prep.flip or prep.crop == "random"
+    return {
+        "version": 1,
+        "vae": fingerprint(source.vae or source.path, source.revision, ("vae",)),
+        "text": fingerprint(source.path, source.revision, family.text),
+        "data": reader.fingerprint(),
+        "limit": reader.source.limit,
+        "resolution": prep.resolution,
+        "crop": prep.crop,
+        "flip": prep.flip,
+        "variants": prep.variants,
+        "seed": seed if random else None,
+        "dtype": dtype,
+    }
+
+
+def fingerprint(path: str, revision: str | None, components: Sequence[str]) -> str:
+    """Which weights these are: names, sizes and ends of local files, or the hub id with its revision."""
+    folder = Path(resolve(path, MODELS))
+    if not folder.is_dir():
+        return f"{path}@{revision or 'main'}"
+    parts = [folder / c for c in components if (folder / c).is_dir()] or [folder]
+    digest = hashlib.sha256()
+    for part in parts:
+        for file in sorted(p for p in part.rglob("*") if p.is_file()):
+            digest.update(f"{part.name}/{file.relative_to(part)}:{file.stat().st_size};".encode())
+            with file.open("rb") as handle:
+                digest.update(handle.read(1 << 20))
+                handle.seek(max(0, file.stat().st_size - (1 << 20)))
+                digest.update(handle.read())
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheJob:
+    """How a cache is built: by whom, with which settings."""
+
+    folder: Path
+    key: Mapping[str, Any]
+    dtype: torch.dtype
+    batch_size: int
+    seed: int
+    share: Share
+    wait: Callable[[], None]
+    """Returns when every process has called it."""
+
+
+def cached(reader: PairReader, prep: Preprocessing, encoders: Encoders, job: CacheJob) -> cache.CacheTable:
+    """The table of a whole cache in the job's folder, built first where it is not.
+
+    Raises:
+        InputError: The folder is the cache of something else, too many rows are broken, or none is left; a folder that
+            was made by this call is removed again.
+    """
+    folder, main = job.folder, job.share.mine == 0
+    with _undone_on_error(folder, main=main):
+        if main:
+            cache.open_folder(folder, job.key)
+        job.wait()
+        if not main:
+            cache.open_folder(folder, job.key)
+        if not (folder / "complete.json").is_file():
+            _build(reader, prep, encoders, job)
+        table = cache.read_table(folder)
+        table.counts.check("data.path", final=True)
+        if main and not (folder / "complete.json").is_file():
+            write_atomic(folder / "complete.json", json.dumps({"rows": len(table), "prompts": len(table.prompts)}))
+        job.wait()
+        return table
+
+
+def _build(reader: PairReader, prep: Preprocessing, encoders: Encoders, job: CacheJob) -> None:
+    """Writes this process's share of the shards, images first."""
+    main = job.share.mine == 0
+    total = None if reader.source.streaming else len(reader)
+    images = cache.write_images(
+        job.folder,
+        reader,
+        prep,
+        encoders.images,
+        seed=job.seed,
+        dtype=job.dtype,
+        batch_size=job.batch_size,
+        share=job.share,
+    )
+    with bar("encoding images", total, shown=main) as shown:
+        for rows in images:
+            shown.advance(rows)
+    job.wait()
+    table = cache.read_table(job.folder)
+    table.counts.check("data.path", final=True)
+    texts = cache.write_text(job.folder, table.prompts, encoders.prompts, batch_size=job.batch_size, share=job.share)
+    with bar("encoding prompts", len(table.prompts), shown=main) as shown:
+        for prompts in texts:
+            shown.advance(prompts)
+    job.wait()
+    encoders.free()
+
+
+@contextmanager
+def _undone_on_error(folder: Path, *, main: bool) -> Iterator[None]:
+    """Removes what was made inside if the input turns out to be wrong; an interrupted build stays, to go on."""
+    fresh = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except InputError:
+        if main and fresh:
+            shutil.rmtree(fresh[-1], ignore_errors=True)
+        raise
+
+
+def split_cached(
+    folder: Path, table: cache.CacheTable, fraction: float, limit: int, seed: int
+) -> tuple[Rows, Rows | None]:
+    """Training rows and at most `limit` held-out rows of a cache; no prompt is in both."""
+    held = torch.tensor([fraction > 0 and held_out(text, fraction) for text in table.prompts])[table.prompt]
+    reader = CacheReader(folder)
+    train = CachedRows(reader, table, (~held).nonzero().flatten(), seed)
+    if fraction == 0:
+        return train, None
+    rest = CachedRows(reader, table, held.nonzero().flatten()[:limit], seed)
+    return _checked(train, rest, fraction)
+
+
+def split_live(
+    reader: PairReader, prep: Preprocessing, encoders: Encoders, fraction: float, limit: int, seed: int
+) -> tuple[Rows, Rows | None, Counts]:
+    """The same without a cache: rows are encoded when asked for."""
+    counts = Counts()
+    train: list[int] = []
+    held: list[int] = []
+    for row in reader.rows():
+        counts.add(row)
+        if isinstance(row, Row):
+            (held if fraction > 0 and held_out(row.prompt, fraction) else train).append(row.number)
+    counts.check("data.path", final=True)
+    rows = LiveRows(reader, train, prep, encoders.images, encoders.prompts, seed)
+    if fraction == 0:
+        return rows, None, counts
+    rest = LiveRows(reader, held[:limit], prep, encoders.images, encoders.prompts, seed)
+    return *_checked(rows, rest, fraction), counts
+
+
+def _checked(train: Rows, held: Rows, fraction: float) -> tuple[Rows, Rows]:
+    if not len(train) or not len(held):
+        raise InputError(
+            f"validation.fraction must leave prompts on both sides, got {fraction} with {len(train)} rows to train "
+            f"on and {len(held)} held out"
+        )
+    return train, held
