@@ -1,0 +1,312 @@
+"""The parts of a run, built from its config: a flat list of constructor calls."""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign import checkpoint as disk
+from diffalign import environment
+from diffalign.config import TrainConfig, dump
+from diffalign.data.batches import Collator, Rows
+from diffalign.data.cache import Share
+from diffalign.data.images import Preprocessing
+from diffalign.data.pairs import Counts, PairReader
+from diffalign.data.prepare import (
+    CacheJob,
+    Encoders,
+    cached,
+    content_key,
+    native_resolution,
+    split_cached,
+    split_live,
+    vae_scale,
+)
+from diffalign.denoisers import Family
+from diffalign.errors import InputError
+from diffalign.models.load import detect_family
+from diffalign.models.policy import cast_frozen, load_policy, make_reference
+from diffalign.models.save import trainable
+from diffalign.strict import changed_keys, to_toml
+from diffalign.types import Denoiser
+
+_FREE_TO_CHANGE = ("resume", "train.steps")
+"""Keys that a resumed run may have changed."""
+
+
+@dataclass
+class Best:
+    """The best held-out measure so far and the step that reached it."""
+
+    value: float | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything that a run is made of."""
+
+    cfg: TrainConfig
+    folder: Path
+    accelerator: Any
+    share: Share
+    family: Family
+    policy: Any
+    """Denoiser whose network is prepared by the accelerator."""
+    net: Any
+    """The network itself, without wrappers."""
+    reference: Denoiser | None
+    parameters: dict[str, torch.nn.Parameter]
+    """What is trained, by name."""
+    optimizer: Any
+    ema: Any | None
+    collator: Collator
+    held: Collator | None
+    """Held-out rows, without prompt dropout."""
+    counts: Counts
+    start: int
+    """Steps taken before, in a resumed run."""
+    metrics_offset: int
+    best: Best = field(default_factory=Best)
+
+
+def assemble(cfg: TrainConfig) -> Parts:
+    """Builds a run and, where the config resumes one, puts it back to its checkpoint.
+
+    Raises:
+        InputError: Something in the config, the data, the model or the run's folder is wrong; nothing was changed.
+    """
+    accelerator = make_accelerator(cfg)
+    share = Share(accelerator.process_index, accelerator.num_processes)
+    family = detect_family(cfg.model)
+    folder = Path(cfg.output)
+    resumed = find_checkpoint(folder, cfg)
+
+    adapted = cfg.train.trainable == "lora"
+    policy = load_policy(cfg.model, family, cfg.timesteps, lora=cfg.lora if adapted else None, seed=cfg.seed)
+    train_rows, held_rows, counts = prepare_rows(cfg, family, folder, share, accelerator)
+    collator = Collator(
+        rows=train_rows,
+        kind=cfg.method.data,
+        scale=vae_scale(cfg.model),
+        seed=cfg.seed,
+        prompt_dropout=cfg.data.prompt_dropout,
+        latents=cfg.data.latents,
+    )
+
+    net = place_net(policy.net, cfg, accelerator, adapted=adapted)
+    reference = make_reference(policy, adapted=adapted) if cfg.method.needs_reference else None
+    parameters = trainable(net)
+    prepared, optimizer = accelerator.prepare(net, make_optimizer(cfg, list(parameters.values())))
+    ema = make_ema(cfg, parameters)
+
+    parts = Parts(
+        cfg=cfg,
+        folder=folder,
+        accelerator=accelerator,
+        share=share,
+        family=family,
+        policy=replace(policy, net=prepared),
+        net=net,
+        reference=reference,
+        parameters=parameters,
+        optimizer=optimizer,
+        ema=ema,
+        collator=collator,
+        held=None if held_rows is None else replace(collator, rows=held_rows, prompt_dropout=0.0),
+        counts=counts,
+        start=0,
+        metrics_offset=0,
+    )
+    return parts if resumed is None else restore(parts, resumed)
+
+
+def make_accelerator(cfg: TrainConfig) -> Any:
+    """Device, precision and processes, by accelerate.
+
+    Raises:
+        InputError: A GPU that is not there, or fp16 without one.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if cfg.train.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("config.train.device must be a device of this machine, got 'cuda' and no GPU is there")
+    AcceleratorState._reset_state()  # a second run in one process may have another precision
+    accelerator = Accelerator(
+        mixed_precision=cfg.train.precision if cfg.train.precision != "fp16" or torch.cuda.is_available() else "no",
+        cpu=cfg.train.device == "cpu",
+        log_with=list(cfg.track) or None,
+        project_dir=cfg.output,
+    )
+    if cfg.train.precision == "fp16" and accelerator.device.type != "cuda":
+        raise InputError(
+            "config.train.precision must be 'no' or 'bf16' without a GPU, got 'fp16', whose gradient scaling needs one"
+        )
+    return accelerator
+
+
+def find_checkpoint(folder: Path, cfg: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, or None for a run from the start; changes nothing on disk.
+
+    Raises:
+        InputError: The folder holds another run, or the config has changed since the run that is resumed.
+    """
+    if (folder / "config.toml").is_file():
+        _check_resumable(folder, cfg, dump(cfg))
+    elif folder.exists() and any(p.name != "cache" for p in folder.iterdir()):
+        raise InputError(
+            f"config.output must be a new folder or one of a run, got {cfg.output!r} with other files in it"
+        )
+    elif cfg.resume not in ("never", "latest"):
+        raise InputError(
+            f"config.resume must name a checkpoint of config.output, got {cfg.resume!r} and no run is there"
+        )
+    found = disk.checkpoints(folder / "checkpoints")
+    if cfg.resume == "never" or not found:
+        return None
+    if cfg.resume == "latest":
+        return found[max(found)]
+    names = {path.name: path for path in found.values()}
+    if cfg.resume not in names:
+        raise InputError(f"config.resume must be never, latest or one of {', '.join(names)}, got {cfg.resume!r}")
+    return names[cfg.resume]
+
+
+def claim_folder(parts: Parts) -> None:
+    """Writes config and environment into the run's folder, and removes what a killed run left there."""
+    if parts.accelerator.is_main_process:
+        parts.folder.mkdir(parents=True, exist_ok=True)
+        disk.write_atomic(parts.folder / "config.toml", to_toml(dump(parts.cfg)))
+        about = {
+            **environment.describe(parts.accelerator.device),
+            "processes": parts.accelerator.num_processes,
+            "seed": parts.cfg.seed,
+        }
+        disk.write_atomic(parts.folder / "environment.json", json.dumps(about, indent=1))
+        disk.drop_after(parts.folder / "checkpoints", parts.start)
+    parts.accelerator.wait_for_everyone()
+
+
+def prepare_rows(
+    cfg: TrainConfig, family: Family, folder: Path, share: Share, accelerator: Any
+) -> tuple[Rows, Rows | None, Counts]:
+    """Rows to train on and rows held out, from the cache or encoded as they are asked for."""
+    data = cfg.data
+    reader = PairReader(data)
+    reader.check_fits(cfg.method.data)
+    prep = Preprocessing(
+        resolution=data.resolution or native_resolution(cfg.model, family),
+        crop=data.crop,
+        flip=data.flip,
+        variants=data.variants,
+    )
+    encoders = Encoders(cfg.model, family, accelerator.device)
+    fraction = 0.0 if cfg.validation is None else cfg.validation.fraction
+    limit = 0 if cfg.validation is None else cfg.validation.pairs
+    if data.cache is False:
+        return split_live(reader, prep, encoders, fraction, limit, cfg.seed)
+    place = folder / "cache" if data.cache is True else Path(data.cache)
+    job = CacheJob(
+        folder=place,
+        key=content_key(cfg.model, family, reader, prep, dtype=data.cache_dtype, seed=cfg.seed),
+        dtype=getattr(torch, data.cache_dtype),
+        batch_size=data.encode_batch_size,
+        seed=cfg.seed,
+        share=share,
+        wait=accelerator.wait_for_everyone,
+    )
+    table = cached(reader, prep, encoders, job)
+    return *split_cached(place, table, fraction, limit, cfg.seed), table.counts
+
+
+def place_net(net: Any, cfg: TrainConfig, accelerator: Any, *, adapted: bool) -> Any:
+    """The network on its device, in the memory layout and storage types that the config asks for."""
+    if adapted and accelerator.device.type == "cuda" and cfg.train.precision != "no":
+        cast_frozen(net, {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.train.precision])
+    if cfg.train.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+    net.to(accelerator.device)
+    if cfg.train.channels_last:
+        net.to(memory_format=torch.channels_last)
+    if cfg.train.compile:
+        net.compile()
+    return net
+
+
+def make_optimizer(cfg: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, fused where torch has it, or with 8-bit states by bitsandbytes."""
+    o = cfg.optimizer
+    if o.name == "adamw8bit":
+        environment.need_extra("bitsandbytes", "8bit", "config.optimizer.name 'adamw8bit'")
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps)
+    return torch.optim.AdamW(parameters, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, eps=o.eps, fused=True)
+
+
+def make_ema(cfg: TrainConfig, parameters: Mapping[str, torch.nn.Parameter]) -> Any | None:
+    """A moving average of the trained parameters, if the config keeps one."""
+    if cfg.train.ema_decay is None:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(list(parameters.values()), decay=cfg.train.ema_decay, foreach=True)
+
+
+def restore(parts: Parts, folder: Path) -> Parts:
+    """Puts weights, optimizer, moving average and counters back to a checkpoint."""
+    found = disk.load_checkpoint(folder)
+    if found.step > parts.cfg.train.steps:
+        raise InputError(
+            f"config.train.steps must be at least the checkpoint's {found.step}, got {parts.cfg.train.steps}"
+        )
+    disk.restore_(parts.parameters, found.weights)
+    parts.optimizer.load_state_dict(found.optimizer)
+    if parts.ema is not None and found.ema is not None:
+        shadow = [found.ema[name].to(p.device) for name, p in parts.parameters.items()]
+        parts.ema.load_state_dict({**parts.ema.state_dict(), "shadow_params": shadow, "optimization_step": found.step})
+    if parts.accelerator.scaler is not None:
+        parts.accelerator.scaler.load_state_dict(found.state["scaler"])
+    return replace(
+        parts,
+        start=found.step,
+        metrics_offset=found.state["metrics_offset"],
+        best=Best(**found.state["best"]),
+    )
+
+
+def state_of(parts: Parts, step: int, metrics_offset: int) -> disk.Checkpoint:
+    """Everything that `restore` needs."""
+    scaler = parts.accelerator.scaler
+    ema = parts.ema
+    return disk.Checkpoint(
+        step=step,
+        weights=dict(parts.parameters),
+        optimizer=parts.optimizer.state_dict(),
+        ema=None if ema is None else dict(zip(parts.parameters, ema.shadow_params, strict=True)),
+        state={
+            "metrics_offset": metrics_offset,
+            "best": asdict(parts.best),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        },
+    )
+
+
+def _check_resumable(folder: Path, cfg: TrainConfig, table: Mapping[str, Any]) -> None:
+    written = tomllib.loads((folder / "config.toml").read_text())
+    steps = max(disk.checkpoints(folder / "checkpoints"), default=0)
+    if cfg.resume == "never":
+        raise InputError(
+            f"config.output must be a new folder, got {cfg.output!r} with a run at step {steps}; "
+            'set resume = "latest" to go on with it, or name another folder'
+        )
+    changed = [c for c in changed_keys(written, table) if not c.startswith(_FREE_TO_CHANGE)]
+    if changed:
+        raise InputError(
+            f"config must be that of the run in {cfg.output!r} to resume it, but changed: {', '.join(changed)}"
+        )

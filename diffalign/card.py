@@ -1,0 +1,96 @@
+"""The model card of a run: what it is, what it was trained on and how, and how to load it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffalign.config import TrainConfig
+from diffalign.data.pairs import Counts
+from diffalign.denoisers import Family
+from diffalign.environment import versions
+from diffalign.models.save import LORA_FILE
+from diffalign.strict import to_toml
+
+
+def model_card(
+    cfg: TrainConfig, table: Mapping[str, Any], family: Family, counts: Counts, step: int, folder: Path
+) -> str:
+    """README.md of an export, with the YAML header that the hub reads."""
+    lora = cfg.train.trainable == "lora"
+    name = table["method"]["name"]
+    tags = ["diffalign", "diffusers", "text-to-image", "preference-alignment", name, *(["lora"] if lora else [])]
+    header = "\n".join(
+        [
+            "---",
+            f"base_model: {json.dumps(cfg.model.path)}",
+            "library_name: diffusers",
+            "pipeline_tag: text-to-image",
+            "tags:",
+            *[f"- {tag}" for tag in tags],
+            "---",
+        ]
+    )
+    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
+    used = versions(("diffalign", "torch", "diffusers", "peft"))
+    return f"""{header}
+
+# {cfg.model.path} aligned by {name}
+
+{"A LoRA" if lora else "The whole denoiser"} of `{cfg.model.path}`, trained with method `{name}` for
+{step} optimizer steps.
+
+## How to load
+
+```python
+{_loading(cfg, family)}
+```
+
+## Data
+
+`{cfg.data.path}`: {counts.rows} rows, of which {counts.kept} were used; dropped: {dropped}.
+
+## Results
+
+{_results(folder)}
+
+## Config
+
+```toml
+{to_toml(table).strip()}
+```
+
+Made with {", ".join(f"{package} {version}" for package, version in used.items())}.
+"""
+
+
+def _loading(cfg: TrainConfig, family: Family) -> str:
+    cls = family.pipelines[0]
+    lines = [f"from diffusers import {cls}"]
+    if cfg.train.trainable == "full":
+        net = family.net_class().__name__
+        return "\n".join(
+            [
+                f"from diffusers import {cls}, {net}",
+                f'{family.net} = {net}.from_pretrained("path/to/this/folder", subfolder="{family.net}")',
+                f'pipeline = {cls}.from_pretrained("{cfg.model.path}", {family.net}={family.net})',
+            ]
+        )
+    lines.append(f'pipeline = {cls}.from_pretrained("{cfg.model.path}")')
+    lines.append(f'pipeline.load_lora_weights("path/to/this/folder", weight_name="{LORA_FILE}")')
+    return "\n".join(lines)
+
+
+def _results(folder: Path) -> str:
+    """Held-out measures at the start and at the end of training, if the run had any."""
+    file = folder / "metrics.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    held = [entry for entry in entries if "validation" in entry]
+    if not held:
+        return "Not evaluated yet: `diffalign evaluate` compares it with its base and writes a report."
+    rows = ["| held-out measure | step " + " | step ".join(str(e["step"]) for e in (held[0], held[-1])) + " |"]
+    rows.append("|---|---|---|")
+    for name in ("loss", "rewards/accuracies", "rewards/margins", "winner_gain", "loser_gain"):
+        if name in held[0]["validation"]:
+            rows.append(f"| {name} | {held[0]['validation'][name]:.4g} | {held[-1]['validation'][name]:.4g} |")
+    return "\n".join(rows) + "\n\n`diffalign evaluate` compares it with its base and writes a report."

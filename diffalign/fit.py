@@ -1,0 +1,164 @@
+"""The loop: micro-batches to optimizer steps, one report a step. No trainer; the caller's `for` body does the rest."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.errors import RunError
+from diffalign.rng import SampleRng
+from diffalign.types import Batch, Denoiser, Method, StepLoss
+
+DECILE_METRICS = ("loss", "rewards/margins", "rewards/accuracies", "winner_gain", "loser_gain", "err_w", "err_l")
+"""Metrics that are also kept by decile of the noise level."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """One optimizer step that was taken; all numbers are means over the global batch."""
+
+    step: int
+    """Steps taken so far."""
+    metrics: dict[str, float]
+    deciles: dict[str, list[float | None]]
+    """Means by decile of the noise level, clean first; None where no sample fell."""
+    samples: int
+    """Samples of this step over all processes."""
+    seconds: float
+
+
+class NotFinite(RunError):
+    """The loss or the gradient was not finite; no update was made."""
+
+    def __init__(self, step: int, value: float, what: str, batch: Batch) -> None:
+        super().__init__(f"{what} is not finite at step {step} ({value}); no update was made")
+        self.batch = batch
+
+
+def fit(
+    policy: Denoiser,
+    reference: Denoiser | None,
+    method: Method,
+    batches: Iterator[Batch],
+    optimizer: Any,
+    *,
+    steps: int,
+    accumulate: int = 1,
+    max_grad_norm: float = math.inf,
+    seed: int = 0,
+    start: int = 0,
+    accelerator: Any = None,
+) -> Iterator[StepReport]:
+    """Trains until `steps` optimizer steps have been taken; yields a report after each.
+
+    Args:
+        batches: Endless micro-batches, `accumulate` a step, each of the same size.
+        optimizer: Holds the parameters to train; prepared by `accelerator` if there is one.
+        max_grad_norm: Gradients are scaled down to this norm; inf measures the norm only.
+        start: Steps taken already, in a resumed run.
+        accelerator: Of `accelerate`, for precision and processes; None trains plainly on one device.
+
+    Raises:
+        NotFinite: Before the update; it carries the batch.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device
+    for step in range(start, steps):
+        began = time.monotonic()
+        totals = Totals()
+        for micro in range(accumulate):
+            batch = next(batches).to(device)
+            with _autocast(accelerator):
+                out = method(policy, reference, batch, SampleRng(seed, batch.samples))
+            totals.add(out)
+            with _without_sync(accelerator, policy, last=micro == accumulate - 1):
+                _backward(accelerator, out.loss.mean() / accumulate)
+        grad_norm = _clip(accelerator, parameters, max_grad_norm)
+        metrics, deciles, samples = totals.means(accelerator, grad_norm)
+        _check_finite(step + 1, metrics, batch, accelerator)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield StepReport(
+            step=step + 1, metrics=metrics, deciles=deciles, samples=samples, seconds=time.monotonic() - began
+        )
+
+
+class Totals:
+    """Sums of metrics over micro-batches and processes; synchronises once, in `means`."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: Tensor | None = None
+        self.binned: Tensor | None = None
+
+    def add(self, out: StepLoss) -> None:
+        metrics = {"loss": out.loss.detach(), **out.metrics}
+        self.names = list(metrics)
+        table = torch.stack([m.double() if m.device.type == "cpu" else m.float() for m in metrics.values()])
+        ones = torch.ones_like(table[:1])
+        rows = [i for i, name in enumerate(metrics) if name in DECILE_METRICS]
+        bins = (out.noise_level.to(table.device) * 10).long().clamp(0, 9)
+        one_hot = torch.nn.functional.one_hot(bins, 10).to(table.dtype)  # [B, 10]
+        sums = torch.cat([ones, table]).sum(1)
+        binned = torch.cat([ones, table[rows]]) @ one_hot
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.binned = binned if self.binned is None else self.binned + binned
+
+    def means(
+        self, accelerator: Any = None, grad_norm: Tensor | None = None
+    ) -> tuple[dict[str, float], dict[str, list[float | None]], int]:
+        """(means by name, means by decile, number of samples) over all processes."""
+        if self.sums is None or self.binned is None:
+            raise ValueError("means must follow at least one add")
+        flat = torch.cat([self.sums, self.binned.flatten()])
+        if accelerator is not None:
+            flat = accelerator.reduce(flat, reduction="sum")
+        if grad_norm is not None:
+            flat = torch.cat([flat, grad_norm.detach().to(flat).reshape(1)])
+        values = flat.tolist()  # the one synchronisation of the step
+        count, sums = values[0], values[1 : len(self.names) + 1]
+        metrics = {name: total / count for name, total in zip(self.names, sums, strict=True)}
+        if grad_norm is not None:
+            metrics["grad_norm"] = values.pop()
+        rows = [values[i : i + 10] for i in range(len(self.names) + 1, len(values), 10)]
+        kept = [name for name in self.names if name in DECILE_METRICS]
+        deciles = {
+            name: [s / n if n else None for s, n in zip(row, rows[0], strict=True)]
+            for name, row in zip(kept, rows[1:], strict=True)
+        }
+        return metrics, deciles, round(count)
+
+
+def _autocast(accelerator: Any) -> Any:
+    return contextlib.nullcontext() if accelerator is None else accelerator.autocast()
+
+
+def _without_sync(accelerator: Any, policy: Any, *, last: bool) -> Any:
+    return contextlib.nullcontext() if accelerator is None or last else accelerator.no_sync(policy.net)
+
+
+def _backward(accelerator: Any, loss: Tensor) -> None:
+    if accelerator is None:
+        loss.backward()
+    else:
+        accelerator.backward(loss)
+
+
+def _clip(accelerator: Any, parameters: list[Tensor], max_grad_norm: float) -> Tensor:
+    if accelerator is None:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    return accelerator.clip_grad_norm_(parameters, max_grad_norm)
+
+
+def _check_finite(step: int, metrics: dict[str, float], batch: Batch, accelerator: Any) -> None:
+    """A gradient that overflows under fp16 is the gradient scaler's business; anything else not finite ends the run."""
+    if not math.isfinite(metrics["loss"]):
+        raise NotFinite(step, metrics["loss"], "loss", batch)
+    scaled = accelerator is not None and accelerator.scaler is not None
+    if not math.isfinite(metrics["grad_norm"]) and not scaled:
+        raise NotFinite(step, metrics["grad_norm"], "gradient", batch)

@@ -1,0 +1,236 @@
+"""One training run, whole: from a config to an export, in plain order."""
+
+import errno
+import math
+import shutil
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from diffalign import card
+from diffalign import checkpoint as disk
+from diffalign.assemble import Parts, assemble, claim_folder, state_of
+from diffalign.config import OptimizerSettings, TrainConfig, dump
+from diffalign.data.batches import stream
+from diffalign.errors import RunError
+from diffalign.fit import NotFinite, StepReport, fit
+from diffalign.grids import save_grid
+from diffalign.logbook import Logbook
+from diffalign.models.save import export_full, export_lora
+from diffalign.progress import bar
+from diffalign.validation import better, check_measure, validate
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    folder: Path
+    export: Path
+    step: int
+    """Step of the exported weights."""
+
+
+def run(cfg: TrainConfig) -> RunResult:
+    """Trains as the config says, writes the run's folder, and exports what Diffusers loads.
+
+    Raises:
+        InputError: Something in the config, the data or the model is wrong; nothing was trained.
+        RunError: The run failed; its last checkpoint is whole.
+    """
+    parts = assemble(cfg)
+    claim_folder(parts)
+    parts.accelerator.init_trackers("diffalign")
+    with Logbook(parts.folder / "metrics.jsonl", parts.accelerator, parts.metrics_offset) as book:
+        train(parts, book)
+    return export(parts)
+
+
+def train(parts: Parts, book: Logbook) -> None:
+    """The steps of a run, with all that goes on between them."""
+    cfg, t = parts.cfg, parts.cfg.train
+    batches = stream(
+        parts.collator, batch_size=t.batch_size, accumulate=t.accumulate, share=parts.share, start_step=parts.start
+    )
+    if parts.start == 0:
+        look(parts, book, 0)
+    set_lr(parts, parts.start)
+    main = parts.accelerator.is_main_process
+    with kept_aside(parts), bar("training", t.steps, shown=main, done=parts.start) as shown:
+        for report in fit(
+            parts.policy,
+            parts.reference,
+            cfg.method,
+            batches,
+            parts.optimizer,
+            steps=t.steps,
+            accumulate=t.accumulate,
+            max_grad_norm=t.max_grad_norm,
+            seed=cfg.seed,
+            start=parts.start,
+            accelerator=parts.accelerator,
+        ):
+            if parts.ema is not None:
+                parts.ema.step(parts.parameters.values())
+            if report.step % t.log_every == 0 or report.step == t.steps:
+                book.step(report, parts.optimizer.param_groups[0]["lr"])
+            set_lr(parts, report.step)
+            improved = look(parts, book, report.step)
+            if improved or report.step % cfg.checkpoint.every == 0 or report.step == t.steps:
+                save(parts, book, report.step)
+            shown.advance(note=note(report))
+
+
+def look(parts: Parts, book: Logbook, step: int) -> bool:
+    """Pictures and held-out pairs at the steps that have them; True where the chosen measure was beaten."""
+    cfg = parts.cfg
+    if cfg.samples is not None and step % cfg.samples.every == 0 and parts.accelerator.is_main_process:
+        with exported_weights(parts):
+            save_grid(parts.folder / "samples", step, cfg.model, parts.family, parts.net, cfg.samples)
+    if cfg.validation is None or parts.held is None or step % cfg.validation.every:
+        return False
+    result = validate(
+        parts.policy,
+        parts.reference,
+        cfg.method,
+        parts.held,
+        batch_size=cfg.train.batch_size,
+        share=parts.share,
+        accelerator=parts.accelerator,
+    )
+    book.validation(step, result)
+    measure = cfg.checkpoint.best
+    if measure is None:
+        return False
+    check_measure(measure, result.metrics)
+    if step == 0 or not better(measure, result.metrics[measure], parts.best.value):
+        return False
+    parts.best.value, parts.best.step = result.metrics[measure], step
+    return True
+
+
+def save(parts: Parts, book: Logbook, step: int) -> None:
+    """A checkpoint of `step`; older ones beyond `keep_last` go, the best one stays."""
+    root = parts.folder / "checkpoints"
+    state = state_of(parts, step, book.offset)
+    if parts.accelerator.is_main_process:
+        with enough_room(root):
+            disk.save_checkpoint(root, state)
+        disk.prune(root, keep_last=parts.cfg.checkpoint.keep_last, keep=parts.best.step)
+    parts.accelerator.wait_for_everyone()
+
+
+def export(parts: Parts) -> RunResult:
+    """Writes `export/` and the model card, from the best checkpoint if the config chose a measure."""
+    cfg, folder = parts.cfg, parts.folder
+    out = folder / "export"
+    step = cfg.train.steps
+    best = disk.checkpoints(folder / "checkpoints").get(parts.best.step or -1)
+    if best is not None and parts.best.step != step:
+        step = parts.best.step or step
+        found = disk.load_checkpoint(best)
+        disk.restore_(parts.parameters, found.weights if found.ema is None else found.ema)
+    elif parts.ema is not None:
+        parts.ema.copy_to(parts.parameters.values())
+    if parts.accelerator.is_main_process:
+        with enough_room(out):
+            if cfg.train.trainable == "lora":
+                export_lora(parts.net, parts.family, out)
+            else:
+                export_full(parts.net, parts.family, out, dtype=getattr(torch, cfg.export.dtype))
+            text = card.model_card(cfg, dump(cfg), parts.family, parts.counts, step, folder)
+            (out / "README.md").write_text(text, encoding="utf-8")
+            shutil.copyfile(out / "README.md", folder / "README.md")
+        if cfg.export.push_to_hub is not None:
+            push(out, cfg.export.push_to_hub)
+    parts.accelerator.wait_for_everyone()
+    return RunResult(folder=folder, export=out, step=step)
+
+
+def push(folder: Path, name: str) -> None:
+    """Uploads an export to the hub."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(name, exist_ok=True)
+    api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of a diffalign run")
+
+
+def lr_factor(settings: OptimizerSettings, step: int, steps: int) -> float:
+    """Share of the learning rate after `step` steps: linear warm-up, then constant, linear or cosine decay."""
+    if step < settings.warmup_steps:
+        return (step + 1) / (settings.warmup_steps + 1)
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+    return 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_lr(parts: Parts, step: int) -> None:
+    """Sets the learning rate for the step after `step` steps."""
+    o = parts.cfg.optimizer
+    for group in parts.optimizer.param_groups:
+        group["lr"] = o.lr * lr_factor(o, step, parts.cfg.train.steps)
+
+
+def note(report: StepReport) -> str:
+    """Loss, and for pairs accuracy and margin, and speed, for the progress line."""
+    m = report.metrics
+    words = [f"loss {m['loss']:.4f}"]
+    if "rewards/margins" in m:
+        words += [f"acc {m['rewards/accuracies']:.2f}", f"margin {m['rewards/margins']:+.3f}"]
+    return " ".join([*words, f"{report.samples / report.seconds:.1f}/s"])
+
+
+@contextmanager
+def exported_weights(parts: Parts) -> Iterator[None]:
+    """Inside, the network has the weights that an export would have: the moving average if there is one."""
+    if parts.ema is None:
+        yield
+        return
+    parts.ema.store(parts.parameters.values())
+    parts.ema.copy_to(parts.parameters.values())
+    try:
+        yield
+    finally:
+        parts.ema.restore(parts.parameters.values())
+
+
+@contextmanager
+def kept_aside(parts: Parts) -> Iterator[None]:
+    """A batch whose loss is not finite is written to the run's folder before the run ends."""
+    try:
+        yield
+    except NotFinite as error:
+        file = parts.folder / f"bad-batch-{parts.share.mine}.safetensors"
+        save_file({k: v.cpu().contiguous() for k, v in error.batch.tensors().items()}, file)
+        raise RunError(f"{error}, the batch is saved in {file}") from error
+
+
+@contextmanager
+def enough_room(place: Path) -> Iterator[None]:
+    """A full disk ends the run with one line; what was whole before stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        last = max(disk.checkpoints(place), default=None)
+        kept = "no checkpoint was written yet" if last is None else f"the last whole checkpoint is step-{last}"
+        raise RunError(f"{place} could not be written, the disk is full; {kept}") from error
+    except Exception as error:
+        if "No space left" not in str(error):
+            raise
+        last = max(disk.checkpoints(place), default=None)
+        kept = "no checkpoint was written yet" if last is None else f"the last whole checkpoint is step-{last}"
+        raise RunError(f"{place} could not be written, the disk is full; {kept}") from error
+
+
+def load_run(folder: str | Path) -> dict[str, object]:
+    """The resolved config of a run, as a table."""
+    return tomllib.loads((Path(folder) / "config.toml").read_text())

@@ -1,0 +1,70 @@
+"""Two processes (gloo) take the same steps as one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import worlds
+from tests.test_train import config, metrics, weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    worlds.sd(root / "sd")
+    worlds.sd3(root / "sd3")
+    worlds.parquet(root / "pairs.parquet", worlds.preference_rows(40, ties=4))
+    return root
+
+
+CODE = "import json, sys, torch; torch.set_num_threads(1); import diffalign; diffalign.train(json.loads(sys.argv[1]))"
+
+
+def run(table: dict, processes: int, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(CODE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command = (
+        [*launcher, str(script), json.dumps(table)]
+        if processes > 1
+        else [sys.executable, str(script), json.dumps(table)]
+    )
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("model", ["sd", "sd3"])
+def test_two_processes_give_the_weights_of_one(world, tmp_path, model, trainable):
+    validation = {"every": 2, "fraction": 0.3, "pairs": 5}
+    common = {"model": model, "trainable": trainable, "validation": validation, "optimizer": {"lr": 1e-3}}
+    one = config(world, tmp_path / "one", train={"steps": 4, "batch_size": 4}, **common)
+    two = config(world, tmp_path / "two", train={"steps": 4, "batch_size": 1, "accumulate": 2}, **common)
+    one["data"]["cache"], two["data"]["cache"] = str(tmp_path / "cache-1"), str(tmp_path / "cache-2")
+    run(one, 1, tmp_path)
+    run(two, 2, tmp_path)
+    a, b = (weights(tmp_path / name, 4) for name in ("one", "two"))
+    start = {k: torch.zeros_like(v) for k, v in a.items()}
+    moved = max((a[k] - start[k]).abs().max() for k in a)
+    for name in a:  # sums in another order; AdamW divides by the gradient's size, which magnifies it
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=0)
+    assert moved > 1e-3
+    for x, y in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        kind = x.get("validation", x), y.get("validation", y)
+        assert kind[0]["err_w"] == pytest.approx(kind[1]["err_w"], rel=1e-4)
+        assert kind[0]["loss"] == pytest.approx(kind[1]["loss"], abs=2e-3)
+        assert x.get("samples") == y.get("samples")
+
+
+def test_one_process_can_resume_what_two_began(world, tmp_path):
+    table = config(world, tmp_path / "run", train={"steps": 2, "batch_size": 2})
+    run(table, 2, tmp_path)
+    run({**table, "resume": "latest", "train": {**table["train"], "steps": 4}}, 1, tmp_path)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
