@@ -1,0 +1,96 @@
+"""What a run's metrics.jsonl says about its training: curves, and the sign of likelihood displacement at its end."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffalign.evaluate.charts import Series, lines
+
+_ACCURACY = "share of pairs where the model prefers the chosen image; one half is chance"
+_GAINS = "denoising error of the reference minus that of the model; above 0 the model became better at an image"
+
+_CHARTS: tuple[tuple[str, str, dict[str, str], float | None], ...] = (
+    ("Loss", "the method's own; lower is better", {"loss": "loss"}, None),
+    ("Preference accuracy", _ACCURACY, {"rewards/accuracies": "accuracy"}, 0.5),
+    (
+        "Margin",
+        "implicit reward of the chosen image minus that of the rejected one",
+        {"rewards/margins": "margin"},
+        0.0,
+    ),
+    ("Gains over the reference", _GAINS, {"winner_gain": "chosen", "loser_gain": "rejected"}, 0.0),
+)
+"""Title, what it is, name of each series by its metric, level that matters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """One drawn chart."""
+
+    title: str
+    about: str
+    legend: tuple[tuple[str, str], ...]
+    """(name, class of its colour) of each series."""
+    svg: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The training of a run, drawn."""
+
+    charts: tuple[Chart, ...]
+    held_out: bool
+    """Whether held-out pairs were measured."""
+    displaced: bool
+    """Both gains are below 0 at the end: the model became worse at chosen and rejected images alike."""
+    end: Mapping[str, float]
+    """`winner_gain` and `loser_gain` at the end, where the run has them."""
+    end_of: str
+    """What `end` was measured on."""
+
+
+def read_training(run: Path) -> Training | None:
+    """The training of a run's folder; None where there is no metrics.jsonl, or nothing in it."""
+    file = run / "metrics.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+    steps = [e for e in entries if "validation" not in e]
+    held = [{"step": e["step"], **e["validation"]} for e in entries if "validation" in e]
+    if not steps:
+        return None
+    end, end_of = _end(steps, held)
+    return Training(
+        charts=tuple(_charts(steps, held)),
+        held_out=bool(held),
+        displaced=len(end) == 2 and all(value < 0 for value in end.values()),
+        end=end,
+        end_of=end_of,
+    )
+
+
+def _charts(steps: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    found = []
+    for title, about, wanted, mark in _CHARTS:
+        series = [
+            Series(name=name, style=style, line=_line(steps, metric), points=_line(held, metric))
+            for (metric, name), style in zip(wanted.items(), ("one", "two"), strict=False)
+            if metric in steps[0]
+        ]
+        if series:
+            legend = tuple((s.name, s.style) for s in series)
+            found.append(Chart(title=title, about=about, legend=legend, svg=lines(title, series, mark)))
+    return found
+
+
+def _line(entries: Sequence[Mapping[str, Any]], metric: str) -> list[tuple[float, float]]:
+    return [(float(e["step"]), float(e[metric])) for e in entries if metric in e]
+
+
+def _end(steps: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], str]:
+    """Gains at the end: of the last validation, or else the mean over the last tenth of the steps."""
+    names = [name for name in ("winner_gain", "loser_gain") if name in steps[0]]
+    if held:
+        return {name: float(held[-1][name]) for name in names}, f"held-out pairs at step {held[-1]['step']}"
+    last = steps[-max(1, len(steps) // 10) :]
+    return {n: sum(float(e[n]) for e in last) / len(last) for n in names}, f"the last {len(last)} training steps"

@@ -1,0 +1,80 @@
+"""Images of a prompt set in a folder, and a run's export in other forms."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.prompts import read_prompts
+from diffalign.denoisers import Family
+from diffalign.errors import InputError
+from diffalign.evaluate.generate import arm_source, generate, save_images
+from diffalign.evaluate.preflight import base_source, pick_device
+from diffalign.models.load import ModelSource, detect_family, load_pipeline
+from diffalign.models.save import replacing
+from diffalign.progress import bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """How images are made."""
+
+    images_per_prompt: int = 1
+    steps: int = 50
+    guidance: float = 7.5
+    batch_size: int = 8
+    device: str = "auto"
+
+
+def model_source(model: str, base: str | None) -> ModelSource:
+    """The pipeline of a model: itself, or `base` with the LoRA or denoiser that the model is.
+
+    Raises:
+        InputError: A LoRA or a denoiser without a base.
+    """
+    if base is not None:
+        return arm_source(model, base_source(base))
+    source = arm_source(model, ModelSource(path=model))
+    if source.path == model and (source.lora or source.denoiser):
+        raise InputError(f"model must be a pipeline or a run, got {model!r}, which goes on top of one; name it as base")
+    return source
+
+
+def sample_to_folder(
+    source: ModelSource, prompts: str, folder: Path, settings: SampleSettings, limit: int | None = None
+) -> int:
+    """Writes images and metadata.jsonl; returns the number of images.
+
+    Raises:
+        InputError: The folder is not empty, or a model or prompt is wrong.
+    """
+    asked = read_prompts(prompts, limit).prompts
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"output must be a new or empty folder, got {str(folder)!r} with files in it")
+    family: Family = detect_family(source)
+    pipeline: Any = load_pipeline(source).to(pick_device(settings.device))
+    folder.mkdir(parents=True, exist_ok=True)
+    made = generate(
+        pipeline,
+        family,
+        asked,
+        images_per_prompt=settings.images_per_prompt,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        batch_size=settings.batch_size,
+    )
+    total = len(asked) * settings.images_per_prompt
+    with bar("images", total) as shown:
+        save_images(made, asked, folder, shown)
+    return total
+
+
+def export_pipeline(source: ModelSource, folder: Path) -> None:
+    """Writes a whole pipeline that plain `DiffusionPipeline.from_pretrained` opens, a LoRA fused into its weights."""
+    if folder.exists():
+        raise InputError(f"output must be a new folder, got {str(folder)!r}, which exists")
+    pipeline = load_pipeline(source)
+    if source.lora is not None:
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    with replacing(folder) as fresh:
+        pipeline.save_pretrained(fresh, safe_serialization=True)
