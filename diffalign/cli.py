@@ -1,0 +1,338 @@
+"""The command line: thin commands over the Python road, one line for every error."""
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from diffalign.errors import InputError, RunError
+
+app = typer.Typer(
+    name="diffalign",
+    help="Align any Diffusers model to preferences, and prove that it worked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at preference data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+out = Console()
+COMMAND = sys.argv[1:]
+"""What was typed, for a report to repeat."""
+
+DEMO = (
+    "diffalign train tiny_sd_diffusion_dpo output=runs/demo resume=latest",
+    "diffalign evaluate tiny-sd runs/demo --prompts tiny --reward oracle --reward clip:tiny-clip "
+    "--reward aesthetic:tiny-aesthetic --labeller oracle --held-out clip --held-out aesthetic --steps 20 "
+    "--guidance 2.0 --out runs/demo",
+)
+"""What the demo does, as commands."""
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Rewards = Annotated[list[str], typer.Option("--reward", help="NAME, NAME:MODEL or package.module:object; repeat it.")]
+Prompts = Annotated[str, typer.Option(help="A prompt set by name, or a .txt, .jsonl, .json, .csv or .tsv file.")]
+Base = Annotated[str | None, typer.Option(help="Base pipeline, if MODEL is a LoRA or a denoiser alone.")]
+Limit = Annotated[int | None, typer.Option(help="Use only so many prompts, chosen by their hash.")]
+PerPrompt = Annotated[int, typer.Option(help="Seeds per prompt.")]
+Steps = Annotated[int, typer.Option(help="Sampling steps.")]
+Guidance = Annotated[float, typer.Option(help="Weight w in uncond + w (cond - uncond); 1 is off.")]
+BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
+
+
+def main() -> None:
+    """Entry point: runs a command, and turns our errors into one line and an exit status."""
+    quiet_libraries()
+    try:
+        app()
+    except InputError as error:
+        fail(str(error), 2)
+    except RunError as error:
+        fail(str(error), 1)
+    except KeyboardInterrupt:
+        fail('stopped; a run goes on with resume = "latest"', 130)
+
+
+def fail(message: str, status: int) -> None:
+    """Prints one line to stderr, from the first process only, and ends."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.flush()
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries' advice for developers off the terminal; their errors still show."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("bitsandbytes", "datasets", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A TOML file, or the bare name of a shipped config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+) -> None:
+    """Train as a config says."""
+    import torch
+
+    from diffalign.config import load
+    from diffalign.train import run
+
+    result = run(load(config, overrides or []))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if os.environ.get("RANK", "0") == "0":
+        out.print(f"export of step {result.step}: {result.export}", highlight=False)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="Pipeline folder, hub id, shipped name, or a run's folder.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="New folder for the images and metadata.jsonl.")],
+    prompts: Prompts = "tiny",
+    base: Base = None,
+    limit: Limit = None,
+    images_per_prompt: PerPrompt = 1,
+    steps: Steps = 50,
+    guidance: Guidance = 7.5,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+) -> None:
+    """Make images, each from the noise that belongs to its prompt."""
+    from diffalign.evaluate.sample import SampleSettings, model_source, sample_to_folder
+
+    settings = SampleSettings(
+        images_per_prompt=images_per_prompt, steps=steps, guidance=guidance, batch_size=batch_size, device=device
+    )
+    count = sample_to_folder(model_source(model, base), prompts, out_dir, settings, limit)
+    out.print(f"{count} images: {out_dir}", highlight=False)
+
+
+@app.command()
+def score(
+    images: Annotated[Path, typer.Argument(help="Folder of images, such as one that `sample` made.")],
+    reward: Rewards,
+    out_file: Annotated[Path, typer.Option("--out", help="A .parquet or .csv file.")],
+    prompts: Annotated[str | None, typer.Option(help="A prompt set; without it metadata.jsonl or .txt files.")] = None,
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
+) -> None:
+    """Score a folder of images with rewards."""
+    from diffalign import rewards
+    from diffalign.data.prompts import read_prompts
+    from diffalign.evaluate.preflight import pick_device
+    from diffalign.evaluate.score import check_table_file, score_folder, write_table
+
+    check_table_file(out_file)
+    loaded = [rewards.load(spec) for spec in reward]
+    for one in loaded:
+        rewards.move(one, pick_device(device))
+    table = score_folder(images, loaded, None if prompts is None else read_prompts(prompts), batch_size=batch_size)
+    write_table(table, out_file)
+    means = Table("reward", "mean", "images")
+    for one in loaded:
+        judged = [v for v in table[one.name] if v == v]
+        means.add_row(one.name, f"{sum(judged) / len(judged):.4f}", str(len(judged)))
+    out.print(means)
+    out.print(f"scores: {out_file}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    base: Annotated[str, typer.Argument(help="Pipeline folder, hub id or shipped name.")],
+    aligned: Annotated[str, typer.Argument(help="A pipeline, a LoRA, a denoiser, or a run's folder.")],
+    reward: Rewards,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.json, report.html and images.")],
+    prompts: Prompts = "tiny",
+    labeller: Annotated[list[str] | None, typer.Option(help="Reward whose labels the pairs carry.")] = None,
+    trained_on: Annotated[list[str] | None, typer.Option(help="Reward that training optimised.")] = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="Reward that training never saw.")] = None,
+    limit: Limit = None,
+    images_per_prompt: PerPrompt = 1,
+    steps: Steps = 50,
+    guidance: Guidance = 7.5,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+) -> None:
+    """Compare two models on the same prompts and noise, and write a report."""
+    from diffalign.data.prompts import read_prompts
+    from diffalign.evaluate import EvaluationSettings
+    from diffalign.evaluate import evaluate as compare
+
+    settings = EvaluationSettings(
+        images_per_prompt=images_per_prompt, steps=steps, guidance=guidance, batch_size=batch_size, device=device,
+        command=shlex.join(["diffalign", *COMMAND]),
+    )  # fmt: skip
+    named = (("labeller", labeller), ("trained_on", trained_on), ("held_out", held_out))
+    roles = {name: role for role, names in named for name in names or []}
+    asked = read_prompts(prompts, limit)
+    results = compare(base, aligned, asked, rewards=reward, output=out_dir, roles=roles, settings=settings)
+    print_results(results)
+    out.print(f"report: {out_dir / 'report.html'}", highlight=False)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run's folder, a LoRA or a denoiser.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="New folder for the pipeline.")],
+    base: Base = None,
+) -> None:
+    """Write a whole pipeline that plain Diffusers opens, with a LoRA fused into it."""
+    from diffalign.evaluate.sample import export_pipeline, model_source
+
+    export_pipeline(model_source(model, base), out_dir)
+    out.print(f"pipeline: {out_dir}", highlight=False)
+
+
+@app.command()
+def env() -> None:
+    """Say what is installed and what this machine can do."""
+    from diffalign.environment import EXTRAS, describe, versions
+    from diffalign.evaluate.preflight import pick_device
+
+    device = pick_device("auto")
+    about = describe(device)
+    table = Table("what", "value", title="environment", title_justify="left")
+    for name in ("python", "platform", "commit", "device", "device_name", "cuda", "threads"):
+        table.add_row(name, str(about[name]))
+    for name, version in about["packages"].items():
+        table.add_row(name, version)
+    for extra, packages in EXTRAS.items():
+        found = versions(packages)
+        missing = [p for p, v in found.items() if v == "missing"]
+        table.add_row(
+            f"extra {extra}",
+            f"missing {', '.join(missing)}; pip install 'diffalign\\[{extra}]'"
+            if missing
+            else ", ".join(f"{p} {v}" for p, v in found.items()),
+        )
+    out.print(table)
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List methods, families, rewards, configs, models, data and prompt sets."""
+    from diffalign import rewards, shipped
+    from diffalign.denoisers import FAMILIES
+    from diffalign.methods import METHODS
+
+    def summary(thing: object) -> str:
+        return (thing.__doc__ or "").strip().splitlines()[0]
+
+    rows = [("method", name, summary(cls)) for name, cls in METHODS.items()]
+    rows += [("family", f.name, ", ".join(f.pipelines)) for f in FAMILIES.values()]
+    rows += [("reward", name, rewards.summary(name)) for name in rewards.names()]
+    rows += [("config", file.stem, first_comment(file)) for file in sorted(shipped.configs().glob("*.toml"))]
+    rows += [("model", name, "shipped") for name in shipped.MODELS]
+    rows += [("data", name, "shipped") for name in shipped.DATASETS]
+    rows += [("prompts", name, "shipped") for name in shipped.PROMPTS]
+    table = Table("kind", "name", "what")
+    for i, row in enumerate(rows):
+        table.add_row(*row, end_section=i + 1 < len(rows) and rows[i + 1][0] != row[0])
+    out.print(table)
+
+
+@data_app.command("check")
+def check_data(
+    path: Annotated[str, typer.Argument(help="Parquet file, folder, `datasets` id, or shipped data by name.")],
+    split: str = "train",
+    limit: Annotated[int | None, typer.Option(help="Read only the first rows.")] = None,
+    streaming: Annotated[bool, typer.Option(help="Read a hub data set without downloading all of it.")] = False,
+) -> None:
+    """Count rows, ties, broken images and duplicates; for a hub id, say its size before any download."""
+    from diffalign.data.check import check, hub_size
+    from diffalign.data.pairs import PairReader, PairSource
+    from diffalign.shipped import DATASETS, resolve
+
+    if not Path(resolve(path, DATASETS)).exists() and path.count("/") == 1 and not path.startswith((".", "/")):
+        size, rows = hub_size(path, split)
+        out.print(
+            f"{path}: {gigabytes(size)} to download, {rows or 'unknown'} rows in split {split!r}", highlight=False
+        )
+        if not streaming:
+            out.print("add --streaming to read it without downloading all of it, and --limit N for its first rows")
+            return
+    found = check(PairReader(PairSource(path=path, split=split, limit=limit, streaming=streaming)))
+    table = Table("what", "value", title=path, title_justify="left")
+    for name, value in describe_check(found):
+        table.add_row(name, value)
+    out.print(table)
+    found.counts.check("data.path", final=True)
+
+
+def describe_check(found: object) -> list[tuple[str, str]]:
+    """Rows of the table that `data check` prints."""
+    from diffalign.data.check import Check
+
+    assert isinstance(found, Check), "describe_check takes what check returns"
+    counts = found.counts
+    rows = [
+        ("layout", found.layout),
+        ("columns", ", ".join(found.columns) or "-"),
+        ("rows", str(counts.rows)),
+        ("used", str(counts.kept)),
+        *[(reason + ("s" if reason == "tie" else ""), str(n)) for reason, n in sorted(counts.dropped.items())],
+        ("distinct prompts", str(found.prompts)),
+        ("distinct images", str(found.images)),
+        ("repeated rows", str(found.repeated_pairs)),
+        ("pairs of equal images", str(found.equal_pairs)),
+        ("image sizes", ", ".join(f"{w}x{h} ({n})" for (w, h), n in found.sizes.most_common(4))),
+        ("images", gigabytes(found.bytes)),
+    ]
+    if found.labelled:
+        word = "first image wins" if found.layout == "pickapic" else "good labels"
+        rows.append((word, f"{found.first_wins} of {found.labelled} ({100 * found.first_wins / found.labelled:.1f} %)"))
+    return rows + [("broken", text) for text in counts.broken[:5]]
+
+
+@app.command()
+def demo() -> None:
+    """Align the shipped tiny model, evaluate it, and print the commands that do it."""
+    for command in DEMO:
+        out.print(f"\n[bold]$ {command}[/bold]", highlight=False)
+        COMMAND[:] = shlex.split(command)[1:]
+        app(list(COMMAND), standalone_mode=False)
+
+
+def print_results(results: object) -> None:
+    """The small table that an evaluation ends with."""
+    from diffalign.evaluate.results import ROLES, Results, verdict
+
+    assert isinstance(results, Results), "print_results takes what evaluate returns"
+    for comparison in results.comparisons:
+        table = Table("reward", "role", comparison.against, comparison.arm, "win rate", "95 % interval", "p")
+        for name, reward in comparison.rewards.items():
+            total = reward.total
+            table.add_row(
+                name,
+                ROLES[reward.role],
+                f"{total.mean_against:.3f}",
+                f"{total.mean_arm:.3f}",
+                f"{100 * total.win_rate:.1f} %",
+                f"{100 * total.ci_low:.1f} to {100 * total.ci_high:.1f}",
+                f"{total.p:.1e}",
+            )
+        out.print(table)
+        out.print(verdict(comparison).sentence, highlight=False)
+
+
+def gigabytes(size: int | None) -> str:
+    """A size in words."""
+    if size is None:
+        return "unknown size"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def first_comment(file: Path) -> str:
+    """First line of a config, which says what it is."""
+    return file.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
