@@ -1,0 +1,1 @@
+"""What a step costs, against the plain loop of the published scripts: `make bench`."""

@@ -1,0 +1,208 @@
+"""Samples a second and memory of a Diffusion-DPO step, with and without each saving: `make bench`.
+
+Every variant runs in the same process and in turn with the plain loop, one step each, so that a noisy machine disturbs
+all alike; what is reported is the median over rounds of the ratio to the plain loop of the same round. Memory is
+measured in a process of its own for each. Writes benchmarks/step.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from benchmarks.ours import Ours, Variant, encode
+from benchmarks.plain import Plain
+from benchmarks.worlds import SIZES, Sizes, World, build
+from diffalign.cli import quiet_libraries
+from diffalign.environment import describe
+from diffalign.progress import bar
+
+OUT = Path(__file__).with_name("step.json")
+PLAIN = "plain loop"
+CACHED = {"latent_cache": True, "text_cache": True}
+OURS = {**CACHED, "reference": "flags"}
+"""What `diffalign train` does when nothing is said."""
+VARIANTS = (
+    Variant(name="ours, no saving"),
+    Variant(name="+ latent cache", latent_cache=True),
+    Variant(name="+ text cache", **CACHED),
+    Variant(name="+ adapter-off reference by flags (default)", **OURS),
+    Variant(name="default, reference as a second network", **{**OURS, "reference": "copy"}),
+    Variant(name="default, winners and losers apart", **OURS, joined=False),
+    Variant(name="default, channels-last", **OURS, channels_last=True),
+    Variant(name="default, bf16", **OURS, precision="bf16"),
+    Variant(name="default, compiled", **OURS, compile=True),
+)
+
+
+class Loop(Protocol):
+    """Something that takes one optimizer step at a time."""
+
+    def step(self) -> object: ...
+
+
+def makers(world: World, device: torch.device) -> dict[str, Callable[[], Loop]]:
+    """The plain loop and our variants, by name, each made when called; on a GPU the plain loop also in bf16."""
+    cache = encode(world, device)
+    made: dict[str, Callable[[], Loop]] = {PLAIN: lambda: Plain(world, device)}
+    if device.type == "cuda":
+        made[f"{PLAIN}, bf16"] = lambda: Plain(world, device, "bf16")
+    for variant in VARIANTS:
+        made[variant.name] = lambda variant=variant: Ours(world, variant, device, cache)
+    return made
+
+
+def count_flop(work: Callable[[], Any]) -> int:
+    """FLOPs of a piece of work, with the formulas of fused attention on the CPU too, where PyTorch has none."""
+    aten = torch.ops.aten
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *rest, **named: (
+            sdpa_backward_flop_count(g, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def pinned_flop(sizes: Sizes) -> tuple[int, int]:
+    """(one step of the plain loop, its VAE and text encoder alone), counted without computing anything."""
+    plain = Plain(build(sizes, random=True), torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return count_flop(plain.backward), count_flop(lambda: (plain.latents(), plain.embeddings()))
+
+
+def time_in_turn(loops: dict[str, Loop], *, rounds: int, warmup: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every step of every loop, one step each a round, after `warmup` rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    with bar("steps in turn", (rounds + warmup) * len(loops)) as shown:
+        for i in range(rounds + warmup):
+            for name, loop in loops.items():
+                begin = time.perf_counter()
+                loop.step()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if i >= warmup:
+                    seconds[name].append(time.perf_counter() - begin)
+                shown.advance(note=name)
+    return seconds
+
+
+@contextmanager
+def saved_bytes() -> Iterator[Callable[[], int]]:
+    """Counts the memory that autograd keeps for a backward pass: each storage once, parameters left out."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(storages.values())
+
+
+def measure_memory(world_name: str, loop_name: str, threads: int) -> dict[str, int]:
+    """Bytes that a loop needs above what its networks take: saved for the backward pass, and at its peak."""
+    torch.set_num_threads(threads)
+    quiet_libraries()
+    sizes = SIZES[world_name]
+    device = torch.device("cuda" if sizes.gpu else "cpu")
+    loop = makers(build(sizes), device)[loop_name]()
+    idle = _peak(device)
+    with saved_bytes() as saved:
+        loop.step()
+    first = saved()
+    loop.step()
+    return {"saved_activations": first, "peak_above_idle": max(0, _peak(device) - idle)}
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure_world(name: str, *, rounds: int, warmup: int, threads: int) -> dict[str, Any]:
+    """One world's table: for every loop its time, ratio and memory."""
+    sizes = SIZES[name]
+    device = torch.device("cuda" if sizes.gpu else "cpu")
+    made = makers(build(sizes), device)
+    seconds = time_in_turn({n: make() for n, make in made.items()}, rounds=rounds, warmup=warmup, device=device)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        memory = {n: pool.apply(measure_memory, (name, n, threads)) for n in made}
+    rows = []
+    for loop, times in seconds.items():
+        ratios = [plain / own for plain, own in zip(seconds[PLAIN], times, strict=True)]
+        rows.append(
+            {
+                "loop": loop,
+                "seconds_a_step": statistics.median(times),
+                "pairs_a_second": sizes.pairs / statistics.median(times),
+                "times_plain": statistics.median(ratios),
+                "times_plain_range": [min(ratios), max(ratios)],
+                **memory[loop],
+            }
+        )
+    flop = {"plain_step": sizes.flop, "plain_encoders": sizes.encoder_flop, "published_gflop": sizes.published_gflop}
+    return {"world": name, "pairs_a_step": sizes.pairs, "rounds": rounds, "flop": flop, "loops": rows}
+
+
+def show(table: dict[str, Any]) -> None:
+    """Prints one world's table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table("loop", "s/step", "pairs/s", "x plain", "saved MB", "peak MB", title=table["world"])
+    for row in table["loops"]:
+        shown.add_row(
+            row["loop"],
+            f"{row['seconds_a_step']:.3f}",
+            f"{row['pairs_a_second']:.2f}",
+            f"{row['times_plain']:.2f}",
+            f"{row['saved_activations'] / 1e6:.0f}",
+            f"{row['peak_above_idle'] / 1e6:.0f}",
+        )
+    Console().print(shown)
+
+
+def main() -> None:
+    """Measures all worlds that this machine can hold."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--worlds", nargs="+", choices=SIZES, default=list(SIZES))
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--warmup", type=int, default=2)
+    options.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is the least noisy")
+    options.add_argument("--out", type=Path, default=OUT)
+    asked = options.parse_args()
+    torch.set_num_threads(asked.threads)
+    quiet_libraries()
+    tables = []
+    for name in asked.worlds:
+        if SIZES[name].gpu and not torch.cuda.is_available():
+            print(f"{name}: left out, it needs a GPU")
+            continue
+        table = measure_world(name, rounds=asked.rounds, warmup=asked.warmup, threads=asked.threads)
+        show(table)
+        tables.append(table)
+    about = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    asked.out.write_text(
+        json.dumps({"version": 1, "environment": about, "threads": asked.threads, "worlds": tables}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The benchmark's plain loop is no straw man: its work is pinned to the FLOP, and its loss is ours."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.ours import Variant
+from benchmarks.plain import SLOPE, Plain
+from benchmarks.step import VARIANTS, pinned_flop
+from benchmarks.worlds import SIZES, build
+from diffalign.denoisers.unet import SD
+from diffalign.methods.diffusion_dpo import DiffusionDPO
+from diffalign.methods.measure import PairErrors
+from diffalign.rng import SampleRng
+from diffalign.types import Cond, PairBatch
+
+
+@pytest.mark.parametrize("name", ["tiny", "fifth"])
+def test_the_plain_loop_does_the_pinned_work(name):
+    sizes = SIZES[name]
+    assert pinned_flop(sizes) == (sizes.flop, sizes.encoder_flop)
+
+
+def test_the_plain_loop_does_the_work_of_the_published_script():
+    fifth = SIZES["fifth"]
+    assert fifth.flop / 1e9 == pytest.approx(fifth.published_gflop, rel=0.005)
+
+
+def test_the_plain_loss_is_ours(monkeypatch):
+    plain = Plain(build(SIZES["tiny"], random=True), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in plain.parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    x_0, text = plain.latents()[[0, 1, 16, 17]], plain.embeddings()[:2]
+    eps, t = torch.randn(2, *x_0.shape[1:], generator=generator), torch.tensor([100, 700])
+    errors = {}
+
+    def keep(x_t, t, text, noise):
+        errors[len(errors)] = found = type(plain)._errors(plain, x_t, t, text, noise)
+        return found
+
+    monkeypatch.setattr(plain, "_errors", keep)
+    loss, _ = plain.loss(x_0, text, eps, t)
+    (err_w, err_l), (ref_w, ref_l) = errors[0].chunk(2), errors[1].chunk(2)
+    measured = PairErrors(err_w=err_w, err_l=err_l, err_ref_w=ref_w, err_ref_l=ref_l, noise_level=t / 1000)
+    monkeypatch.setattr("diffalign.methods.diffusion_dpo.pair_errors", lambda *a, **k: measured)
+    batch = PairBatch(x_w=x_0[:2], x_l=x_0[2:], cond=Cond({}), samples=(0, 1))
+    denoiser = SD.make_denoiser(plain.unet, dict(plain.scheduler.config), None)
+    ours = DiffusionDPO(beta=2 * SLOPE)(denoiser, denoiser, batch, SampleRng(seed=0, samples=(0, 1)))
+    torch.testing.assert_close(loss, ours.loss.mean())
+    assert abs(loss.item() - 0.6931) > 1e-3
+
+
+def test_every_variant_has_a_name_of_its_own():
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+    assert all(isinstance(variant, Variant) for variant in VARIANTS)
+
+
+@pytest.mark.slow
+def test_the_benchmark_writes_its_table(tmp_path):
+    out = tmp_path / "step.json"
+    command = ["-m", "benchmarks.step", "--worlds", "tiny", "--rounds", "1", "--warmup", "1", "--out", str(out)]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    [world] = json.loads(out.read_text())["worlds"]
+    assert [row["loop"] for row in world["loops"][1:]] == [variant.name for variant in VARIANTS]
+    assert all(row["times_plain"] > 0 and row["saved_activations"] > 0 for row in world["loops"])
