@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -63,3 +64,20 @@ def over(items: Iterable[T], name: str, total: int) -> Iterator[T]:
         for item in items:
             yield item
             shown.advance()
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Hides the libraries' bars, one for every file, while a folder is read; a hub id keeps them: it may be fetched."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    logs = (diffusers_logging, transformers_logging) if Path(path).exists() else ()
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()

@@ -15,6 +15,7 @@ from torch import nn
 
 from diffalign.denoisers import FAMILIES, Family
 from diffalign.errors import InputError
+from diffalign.progress import loading
 from diffalign.shipped import MODELS, resolve
 
 _NOT_FOR_IMAGES = {"safety_checker", "feature_extractor", "image_encoder"}
@@ -231,20 +232,12 @@ def _pickle_message(where: str, path: str) -> str:
 
 @contextmanager
 def _one_line(where: str, path: str) -> Iterator[None]:
-    """Turns the loaders' long messages into one line that names the key and the path; no bars for every file."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
+    """Turns the loaders' long messages into one line that names the key and the path."""
     try:
-        yield
+        with loading(resolve(path, MODELS)):
+            yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{where} must be a loadable model, got {path!r}: {reason}") from error
-    finally:
-        for log in shown:
-            log.enable_progress_bar()

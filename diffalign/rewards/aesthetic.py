@@ -41,8 +41,7 @@ class AffineHead:
 
 
 class AestheticReward:
-    """How well people rated pictures like this one, about 1 to 10 for the published v2 head; the prompt is not looked
-    at.
+    """How well people rated pictures like this one, about 1 to 10 for the published v2 head, whatever the prompt.
 
     The head is a file in the format of LAION's predictors (.safetensors, or .pth, read without running code), or a
     folder with `head.safetensors` and a `config.json` that names its encoder. Saturated, painterly and centred pictures

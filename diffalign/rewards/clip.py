@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import InputError
+from diffalign.progress import loading
 from diffalign.rewards.inputs import check_batch
 from diffalign.shipped import MODELS, resolve
 from diffalign.types import RewardBatch, RewardOutput
@@ -67,7 +68,8 @@ class CLIPEncoder:
 
         path = resolve(self.model, MODELS)
         try:
-            net = CLIPModel.from_pretrained(path, revision=self.revision, use_safetensors=True, dtype=torch.float32)
+            with loading(path):
+                net = CLIPModel.from_pretrained(path, revision=self.revision, use_safetensors=True, dtype=torch.float32)
             processor = CLIPImageProcessorPil.from_pretrained(path, revision=self.revision)
             tokenizer = CLIPTokenizer.from_pretrained(path, revision=self.revision)
         except (OSError, ValueError) as error:
