@@ -1,5 +1,7 @@
 """A control: the demo's run on pairs labelled by lot must not win. Writes benchmarks/shuffled_labels.json.
 
+Models that are not asked for keep what the file says of them.
+
 Same config, images, prompts and noise as the run that learns from the true labels; only who won is a coin toss. A win
 here would mean that something other than the preferences moves the oracle.
 """
@@ -63,22 +65,22 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=OUT)
     asked = options.parse_args()
     quiet_libraries()
-    found = {}
+    found = json.loads(asked.out.read_text())["models"] if asked.out.exists() else {}
     for model in asked.models:
         name = f"{model}-pairs"
         with tempfile.TemporaryDirectory() as place:
             shuffled = Path(place) / "shuffled.parquet"
             shuffle_labels(assets() / DATASETS[name], shuffled, seed=asked.seed)
             found[model] = {
+                "environment": describe(torch.device("cpu")),
                 "true": compare(model, name, Path(place) / "true"),
                 "shuffled": compare(model, str(shuffled), Path(place) / "lot"),
             }
-        for labels, rewards in found[model].items():
-            for reward, row in rewards.items():
+        for labels in ("true", "shuffled"):
+            for reward, row in found[model][labels].items():
                 interval = f"{row['ci_low']:.3f} to {row['ci_high']:.3f}"
                 print(f"{model}, {labels} labels, {reward}: win rate {row['win_rate']:.3f} ({interval})")
-    about = describe(torch.device("cpu"))
-    asked.out.write_text(json.dumps({"version": 1, "environment": about, "models": found}, indent=1) + "\n")
+        asked.out.write_text(json.dumps({"version": 1, "models": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
