@@ -76,12 +76,15 @@ class WorldRows:
         return self.world.sizes.pairs
 
     @torch.no_grad()
-    def latents(self, row: int, sample: int, member: Literal["w", "l"]) -> tuple[Tensor, Tensor]:
-        place = row if member == "w" else row + len(self)
+    def latents(
+        self, rows: Sequence[int], samples: Sequence[int], member: Literal["w", "l"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        places = torch.tensor(rows) + (0 if member == "w" else len(self))
         if self.vae is None:
-            return self.cache.mean[place], self.cache.std[place]
-        posterior = self.vae.encode(self.world.pixels[place : place + 1].to(self.device)).latent_dist
-        return posterior.mean[0].cpu(), posterior.std[0].cpu()
+            return self.cache.mean[places], self.cache.std[places]
+        pixels = self.world.pixels[places].to(self.device)
+        parts = [self.vae.encode(some).latent_dist for some in pixels.split(VAE_BATCH)]
+        return torch.cat([p.mean for p in parts]).cpu(), torch.cat([p.std for p in parts]).cpu()
 
     @torch.no_grad()
     def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond:

@@ -407,9 +407,9 @@ def test_prompt_dropout_falls_on_both_members_at_its_rate(tmp_path, pairs):
 
 def test_latents_are_shifted_and_scaled_as_the_denoiser_takes_them(tmp_path, pairs):
     source = collator(tmp_path, pairs)
-    mean, _ = source.rows.latents(0, 0, "w")
+    mean, _ = source.rows.latents([0], [0], "w")
     batch = source.batch([0], [0])
-    torch.testing.assert_close(batch.x_w[0], (mean - 0.5) * 2.0)
+    torch.testing.assert_close(batch.x_w, (mean - 0.5) * 2.0)
 
 
 def test_the_posterior_is_drawn_afresh_at_every_sample():
@@ -417,8 +417,8 @@ def test_the_posterior_is_drawn_afresh_at_every_sample():
         def __len__(self):
             return 1
 
-        def latents(self, row, sample, member):
-            return torch.zeros(2, 3, 3), torch.full((2, 3, 3), 3.0)
+        def latents(self, rows, samples, member):
+            return torch.zeros(len(rows), 2, 3, 3), torch.full((len(rows), 2, 3, 3), 3.0)
 
         def cond(self, rows, dropped):
             return Cond({"c": torch.zeros(len(rows), 1)})

@@ -23,6 +23,9 @@ from diffalign.errors import InputError
 from diffalign.rng import SampleRng
 from diffalign.types import Batch, Cond, ImageBatch, PairBatch
 
+_ENCODED_TOGETHER = 8
+"""Images that go through the VAE at a time, where nothing is cached."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentScale:
@@ -38,8 +41,10 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def latents(self, row: int, sample: int, member: Literal["w", "l"]) -> tuple[Tensor, Tensor]:
-        """Mean and std of one image, unscaled."""
+    def latents(
+        self, rows: Sequence[int], samples: Sequence[int], member: Literal["w", "l"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """Mean and std of one image a row, unscaled."""
         ...
 
     def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond: ...
@@ -57,13 +62,18 @@ class CachedRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def latents(self, row: int, sample: int, member: Literal["w", "l"]) -> tuple[Tensor, Tensor]:
-        places = (self.table.chosen if member == "w" else self.table.rejected)[self.rows[row]]
-        variant = 0
-        if len(places) > 1:
-            variant = int(torch.randint(len(places), (), generator=rng.generator(self.seed, sample, "variant")))
-        mean, std = self.reader.moments(places[variant : variant + 1])
-        return mean[0], std[0]
+    def latents(
+        self, rows: Sequence[int], samples: Sequence[int], member: Literal["w", "l"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        where = self.table.chosen if member == "w" else self.table.rejected
+        return self.reader.moments(
+            torch.stack([self._place(where[self.rows[r]], s) for r, s in zip(rows, samples, strict=True)])
+        )
+
+    def _place(self, places: Int[Tensor, "k 2"], sample: int) -> Int[Tensor, "2"]:
+        if len(places) == 1:
+            return places[0]
+        return places[int(torch.randint(len(places), (), generator=rng.generator(self.seed, sample, "variant")))]
 
     def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond:
         prompt = self.table.prompt[self.rows[torch.tensor(rows)]]
@@ -92,17 +102,23 @@ class LiveRows:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def latents(self, row: int, sample: int, member: Literal["w", "l"]) -> tuple[Tensor, Tensor]:
+    def latents(
+        self, rows: Sequence[int], samples: Sequence[int], member: Literal["w", "l"]
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        pixels = torch.stack([self._pixels(r, s, member) for r, s in zip(rows, samples, strict=True)])
+        parts = [self.images(some) for some in pixels.split(_ENCODED_TOGETHER)]
+        mean, std = (torch.cat([part[i] for part in parts]).float().cpu() for i in (0, 1))
+        return mean, std
+
+    def _pixels(self, row: int, sample: int, member: Literal["w", "l"]) -> Float[Tensor, "3 h w"]:
         found = self._row(row)
         data = found.chosen if member == "w" else found.rejected
         if data is None:
             raise ValueError(f"row {found.number} must have a rejected image, got none")
         try:
-            pixels = to_square(decode(data), self.prep, place(self.prep, self.seed, found.number, sample))
+            return to_square(decode(data), self.prep, place(self.prep, self.seed, found.number, sample))
         except OSError as error:
             raise InputError(f"data.path must have readable images, got row {found.number}: {error}") from error
-        mean, std = self.images(pixels[None])
-        return mean[0].float().cpu(), std[0].float().cpu()
 
     def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond:
         texts = ["" if drop else self._row(row).prompt for row, drop in zip(rows, dropped, strict=True)]
@@ -144,10 +160,9 @@ class Collator:
         return PairBatch(x_w=x_w, x_l=self._latents(rows, draws, "l"), cond=cond, samples=draws.samples)
 
     def _latents(self, rows: Sequence[int], draws: SampleRng, member: Literal["w", "l"]) -> Float[Tensor, "b c h w"]:
-        moments = [self.rows.latents(row, s, member) for row, s in zip(rows, draws.samples, strict=True)]
-        z = torch.stack([mean for mean, _ in moments])
+        z, std = self.rows.latents(rows, draws.samples, member)
         if self.latents == "sample":
-            z = z + torch.stack([std for _, std in moments]) * draws.normal(z, f"posterior_{member}")
+            z = z + std * draws.normal(z, f"posterior_{member}")
         return (z - self.scale.shift) * self.scale.scale
 
 

@@ -65,7 +65,7 @@ def make_sd(out: Path) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    unet, text = pretrain.train_unet(painted_latents(vae, tokenizer), clip, scheduler, steps=5000)
+    unet, text = pretrain.train_unet(painted_latents(vae, tokenizer), clip, scheduler, lesson=1500, steps=5000)
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text,
