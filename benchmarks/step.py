@@ -156,6 +156,7 @@ def measure_world(name: str, *, rounds: int, warmup: int, threads: int) -> dict[
     """One world's table: for every loop its time, ratio and memory."""
     sizes = SIZES[name]
     device = torch.device("cuda" if sizes.gpu else "cpu")
+    torch.compiler.reset()  # what was compiled for another world is not this one's
     made = makers(build(sizes), device)
     seconds = time_in_turn({n: make() for n, make in made.items()}, rounds=rounds, warmup=warmup, device=device)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

@@ -234,7 +234,7 @@ def place_net(net: Any, cfg: TrainConfig, accelerator: Any, *, adapted: bool) ->
     if cfg.train.channels_last:
         net.to(memory_format=torch.channels_last)
     if cfg.train.compile:
-        net.compile()
+        net.compile(dynamic=False)  # shapes are few: batch, held-out batch, samples; symbolic ones can fail to compile
     return net
 
 
