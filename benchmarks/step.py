@@ -6,12 +6,10 @@ measured in a process of its own for each. Writes benchmarks/step.json.
 """
 
 import argparse
-import gc
+import itertools
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,39 +115,30 @@ def saved_bytes() -> Iterator[Callable[[], int]]:
 
 
 def measure_memory(world_name: str, loop_name: str, threads: int) -> dict[str, int]:
-    """Bytes that a loop needs above what its networks take: saved for the backward pass, and at its peak."""
+    """Bytes that a step needs above networks and optimizer states: saved for the backward pass, and at its peak."""
     torch.set_num_threads(threads)
     quiet_libraries()
     sizes = SIZES[world_name]
     device = torch.device("cuda" if sizes.gpu else "cpu")
     loop = makers(build(sizes), device)[loop_name]()
-    idle = _start_of_peak(device)
     with saved_bytes() as saved:
         loop.step()
-    first = saved()
-    loop.step()
-    return {"saved_activations": first, "peak_above_idle": max(0, _peak(device) - idle)}
+    return {"saved_activations": saved(), "peak_of_a_step": peak_of(loop.step, device)}
 
 
-def _start_of_peak(device: torch.device) -> int:
-    """Bytes in use now; the peak is counted anew from here, where the system can."""
+def peak_of(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a piece of work has allocated at its peak, above what was there before it: torch's own count."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    gc.collect()
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak(device)
-
-
-def _peak(device: torch.device) -> int:
-    """Bytes at most in use: of the GPU's allocator, or of the process (resident set)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    assert seen.profiler is not None
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
 
 
 def measure_world(name: str, *, rounds: int, warmup: int, threads: int) -> dict[str, Any]:
@@ -191,7 +180,7 @@ def show(table: dict[str, Any]) -> None:
             f"{row['pairs_a_second']:.2f}",
             f"{row['times_plain']:.2f}",
             f"{row['saved_activations'] / 1e6:.0f}",
-            f"{row['peak_above_idle'] / 1e6:.0f}",
+            f"{row['peak_of_a_step'] / 1e6:.0f}",
         )
     Console().print(shown)
 
