@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDIMScheduler
 
-from diffalign.tiny import oracle, scenes
+from diffalign.shipped import assets
+from diffalign.tiny import build, oracle, pretrain, scenes
 from diffalign.tiny.scenes import Carelessness, Scene, Thing
 
 
@@ -112,3 +115,21 @@ def test_more_carelessness_scores_less():
 def test_the_oracle_refuses_pictures_of_another_size():
     with pytest.raises(ValueError, match="image must have shape"):
         oracle.judge(np.zeros((32, 32, 3)), TEXT)
+
+
+def test_both_base_models_can_be_made_again(request, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda net: net)  # a minute each, and the same numbers
+    request.addfinalizer(lambda: torch.set_flush_denormal(False))  # pre-training sets it, for the whole process
+    here = assets() / "tiny"
+    clip, tokenizer = build.load_clip(here)
+    pictures = pretrain.draw(64, seed=31, split="train", care=pretrain.PAINTER)
+    latents = pretrain.encode(build.load_vae(here), pictures, pretrain.tokenize(tokenizer, pictures.captions))
+    assert set(latents.things.tolist()) == {1, 2, 3}
+    scheduler = DDIMScheduler.from_pretrained(here / "sd" / "scheduler")
+    unet, text = pretrain.train_unet(latents, clip, scheduler, lesson=2, steps=2, batch_size=8)
+    for mine, clips in zip(text.parameters(), clip.text_model.parameters(), strict=True):
+        assert torch.equal(mine, clips)
+    assert not any(p.requires_grad or p.grad_fn for p in unet.parameters())
+    net, second = pretrain.train_transformer(latents, clip, steps=2, batch_size=8)
+    assert net.proj_out.weight.abs().max() > 0  # it starts at zero
+    assert not torch.equal(next(second.parameters()), next(clip.text_model.parameters()))

@@ -77,7 +77,8 @@ def descend(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             decay = min(0.999, (step + 1) / (step + 10))
-            torch._foreach_lerp_(targets, parameters, 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(targets, parameters, 1 - decay)
             recent = value.item() if math.isnan(recent) else 0.98 * recent + 0.02 * value.item()
             shown.advance(note=f"loss {recent:.5f}")
     return averages
