@@ -209,7 +209,7 @@ def prepare_rows(
     fraction = 0.0 if cfg.validation is None else cfg.validation.fraction
     limit = 0 if cfg.validation is None else cfg.validation.pairs
     if data.cache is False:
-        return split_live(reader, prep, encoders, fraction, limit, cfg.seed)
+        return split_live(reader, prep, encoders, fraction, limit, cfg.seed, data.encode_batch_size)
     place = folder / "cache" if data.cache is True else Path(data.cache)
     job = CacheJob(
         folder=place,

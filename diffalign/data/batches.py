@@ -23,9 +23,6 @@ from diffalign.errors import InputError
 from diffalign.rng import SampleRng
 from diffalign.types import Batch, Cond, ImageBatch, PairBatch
 
-_ENCODED_TOGETHER = 8
-"""Images that go through the VAE at a time, where nothing is cached."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LatentScale:
@@ -91,13 +88,16 @@ class LiveRows:
         images: EncodeImages,
         prompts: EncodePrompts,
         seed: int,
+        batch_size: int,
     ) -> None:
+        """Rows `numbers` of the source; `batch_size` images go through the VAE at a time."""
         self.reader = reader
         self.numbers = numbers
         self.prep = prep
         self.images = images
         self.prompts = prompts
         self.seed = seed
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -106,7 +106,7 @@ class LiveRows:
         self, rows: Sequence[int], samples: Sequence[int], member: Literal["w", "l"]
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         pixels = torch.stack([self._pixels(r, s, member) for r, s in zip(rows, samples, strict=True)])
-        parts = [self.images(some) for some in pixels.split(_ENCODED_TOGETHER)]
+        parts = [self.images(some) for some in pixels.split(self.batch_size)]
         mean, std = (torch.cat([part[i] for part in parts]).float().cpu() for i in (0, 1))
         return mean, std
 

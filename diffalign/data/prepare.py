@@ -212,7 +212,13 @@ def split_cached(
 
 
 def split_live(
-    reader: PairReader, prep: Preprocessing, encoders: Encoders, fraction: float, limit: int, seed: int
+    reader: PairReader,
+    prep: Preprocessing,
+    encoders: Encoders,
+    fraction: float,
+    limit: int,
+    seed: int,
+    batch_size: int,
 ) -> tuple[Rows, Rows | None, Counts]:
     """The same without a cache: rows are encoded when asked for."""
     counts = Counts()
@@ -223,10 +229,10 @@ def split_live(
         if isinstance(row, Row):
             (held if fraction > 0 and held_out(row.prompt, fraction) else train).append(row.number)
     counts.check("data.path", final=True)
-    rows = LiveRows(reader, train, prep, encoders.images, encoders.prompts, seed)
+    rows = LiveRows(reader, train, prep, encoders.images, encoders.prompts, seed, batch_size)
     if fraction == 0:
         return rows, None, counts
-    rest = LiveRows(reader, held[:limit], prep, encoders.images, encoders.prompts, seed)
+    rest = LiveRows(reader, held[:limit], prep, encoders.images, encoders.prompts, seed, batch_size)
     return *_checked(rows, rest, fraction), counts
 
 
