@@ -11,7 +11,7 @@ import torch
 
 from diffalign import checkpoint as disk
 from diffalign import environment
-from diffalign.config import TrainConfig, dump
+from diffalign.config import REFERENCE_DECAY, TrainConfig, dump, method_name, reference_kind
 from diffalign.data.batches import Collator, Rows
 from diffalign.data.cache import Share
 from diffalign.data.images import Preprocessing
@@ -29,10 +29,10 @@ from diffalign.data.prepare import (
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
 from diffalign.models.load import detect_family
-from diffalign.models.policy import cast_frozen, load_policy, make_reference
+from diffalign.models.policy import Reference, cast_frozen, load_policy, make_reference
 from diffalign.models.save import trainable
 from diffalign.strict import changed_keys, to_toml
-from diffalign.types import Denoiser
+from diffalign.types import RunningMean
 
 _FREE_TO_CHANGE = ("resume", "train.steps")
 """Keys that a resumed run may have changed."""
@@ -59,7 +59,7 @@ class Parts:
     """Denoiser whose network is prepared by the accelerator."""
     net: Any
     """The network itself, without wrappers."""
-    reference: Denoiser | None
+    reference: Reference | None
     parameters: dict[str, torch.nn.Parameter]
     """What is trained, by name."""
     optimizer: Any
@@ -72,6 +72,8 @@ class Parts:
     """Steps taken before, in a resumed run."""
     metrics_offset: int
     best: Best = field(default_factory=Best)
+    rewards: RunningMean = field(default_factory=RunningMean)
+    """Of implicit rewards, in a resumed run."""
 
 
 def assemble(cfg: TrainConfig) -> Parts:
@@ -91,15 +93,18 @@ def assemble(cfg: TrainConfig) -> Parts:
     train_rows, held_rows, counts = prepare_rows(cfg, family, folder, share, accelerator)
     collator = Collator(
         rows=train_rows,
-        kind=cfg.method.data,
+        kind=cfg.method.needs.data,
         scale=vae_scale(cfg.model),
         seed=cfg.seed,
         prompt_dropout=cfg.data.prompt_dropout,
         latents=cfg.data.latents,
     )
 
+    check_batch(cfg, share.of)
+
     net = place_net(policy.net, cfg, accelerator, adapted=adapted)
-    reference = make_reference(policy, adapted=adapted) if cfg.method.needs_reference else None
+    kind = reference_kind(cfg)
+    reference = None if kind == "none" else make_reference(policy, adapted=adapted, moves=kind in ("ema", "pool"))
     parameters = trainable(net)
     prepared, optimizer = accelerator.prepare(net, make_optimizer(cfg, list(parameters.values())))
     ema = make_ema(cfg, parameters)
@@ -198,7 +203,7 @@ def prepare_rows(
     """Rows to train on and rows held out, from the cache or encoded as they are asked for."""
     data = cfg.data
     reader = PairReader(data)
-    reader.check_fits(cfg.method.data)
+    reader.check_fits(cfg.method.needs.data)
     prep = Preprocessing(
         resolution=data.resolution or native_resolution(cfg.model, family),
         crop=data.crop,
@@ -226,7 +231,8 @@ def prepare_rows(
 
 def place_net(net: Any, cfg: TrainConfig, accelerator: Any, *, adapted: bool) -> Any:
     """The network on its device, in the memory layout and storage types that the config asks for."""
-    if adapted and accelerator.device.type == "cuda" and cfg.train.precision != "no":
+    halved = adapted and not cfg.method.needs.float32_features
+    if halved and accelerator.device.type == "cuda" and cfg.train.precision != "no":
         cast_frozen(net, {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.train.precision])
     if cfg.train.gradient_checkpointing:
         net.enable_gradient_checkpointing()
@@ -270,6 +276,8 @@ def restore(parts: Parts, folder: Path) -> Parts:
     if parts.ema is not None and found.ema is not None:
         shadow = [found.ema[name].to(p.device) for name, p in parts.parameters.items()]
         parts.ema.load_state_dict({**parts.ema.state_dict(), "shadow_params": shadow, "optimization_step": found.step})
+    if parts.reference is not None and found.reference is not None:
+        disk.restore_(parts.reference.parameters, found.reference)
     if parts.accelerator.scaler is not None:
         parts.accelerator.scaler.load_state_dict(found.state["scaler"])
     return replace(
@@ -277,11 +285,29 @@ def restore(parts: Parts, folder: Path) -> Parts:
         start=found.step,
         metrics_offset=found.state["metrics_offset"],
         best=Best(**found.state["best"]),
+        rewards=RunningMean(**found.state["rewards"]),
     )
 
 
-def state_of(parts: Parts, step: int, metrics_offset: int) -> disk.Checkpoint:
+def follow(parts: Parts) -> None:
+    """Moves a reference that follows the policy; called after the optimizer's step."""
+    if parts.reference is not None and reference_kind(parts.cfg) == "ema":
+        decay = parts.cfg.train.reference_decay
+        parts.reference.follow(parts.parameters, decay=REFERENCE_DECAY if decay is None else decay)
+
+
+def check_batch(cfg: TrainConfig, processes: int) -> None:
+    """Raises InputError where a mean over a micro-batch would be one over a single sample."""
+    if cfg.method.needs.batch_statistics and cfg.train.batch_size * processes < 2:
+        raise InputError(
+            f"config.train.batch_size must be at least 2 over all processes with method {method_name(cfg.method)!r}, "
+            f"whose baseline is a mean over the batch; got {cfg.train.batch_size} on {processes} process"
+        )
+
+
+def state_of(parts: Parts, step: int, metrics_offset: int, rewards: RunningMean) -> disk.Checkpoint:
     """Everything that `restore` needs."""
+    moves = parts.reference is not None and reference_kind(parts.cfg) == "ema"
     scaler = parts.accelerator.scaler
     ema = parts.ema
     return disk.Checkpoint(
@@ -289,9 +315,11 @@ def state_of(parts: Parts, step: int, metrics_offset: int) -> disk.Checkpoint:
         weights=dict(parts.parameters),
         optimizer=parts.optimizer.state_dict(),
         ema=None if ema is None else dict(zip(parts.parameters, ema.shadow_params, strict=True)),
+        reference=dict(parts.reference.parameters) if moves and parts.reference is not None else None,
         state={
             "metrics_offset": metrics_offset,
             "best": asdict(parts.best),
+            "rewards": asdict(rewards),
             "scaler": None if scaler is None else scaler.state_dict(),
         },
     )

@@ -1,6 +1,6 @@
 """A run's state on disk: safetensors and JSON, written beside and then renamed, so there is never half a checkpoint.
 
-checkpoints/step-N/ holds weights.safetensors, optimizer.safetensors, ema.safetensors (if kept) and state.json.
+checkpoints/step-N/ holds weights, optimizer, ema and reference (if kept; .safetensors) and state.json.
 """
 
 import json
@@ -31,6 +31,8 @@ class Checkpoint:
     """The optimizer's `state_dict`."""
     ema: dict[str, Tensor] | None
     """Moving average of the trained parameters, if one is kept."""
+    reference: dict[str, Tensor] | None = None
+    """Weights of a reference that moves, by the names of the trained parameters."""
     state: dict[str, Any]
     """JSON values: place in metrics.jsonl, best measure so far, gradient scaler."""
 
@@ -44,6 +46,8 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
         save_file(tensors, fresh / "optimizer.safetensors")
         if checkpoint.ema is not None:
             save_file(_contiguous(checkpoint.ema), fresh / "ema.safetensors")
+        if checkpoint.reference is not None:
+            save_file(_contiguous(checkpoint.reference), fresh / "reference.safetensors")
         state = {"step": checkpoint.step, "optimizer": rest, **checkpoint.state}
         (fresh / "state.json").write_text(json.dumps(state, indent=1))
     return folder
@@ -53,12 +57,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Reads a checkpoint back."""
     state = json.loads((folder / "state.json").read_text())
     optimizer = _join(load_file(folder / "optimizer.safetensors"), state.pop("optimizer"))
-    ema = folder / "ema.safetensors"
+    ema, reference = folder / "ema.safetensors", folder / "reference.safetensors"
     return Checkpoint(
         step=state.pop("step"),
         weights=load_file(folder / "weights.safetensors"),
         optimizer=optimizer,
         ema=load_file(ema) if ema.is_file() else None,
+        reference=load_file(reference) if reference.is_file() else None,
         state=state,
     )
 

@@ -22,7 +22,7 @@ from diffalign.models.lora import LoraSettings
 from diffalign.paths import TimestepSampling
 from diffalign.shipped import configs
 from diffalign.strict import apply_override, build, check_keys, section_class, typed
-from diffalign.types import Method
+from diffalign.types import Method, ReferenceKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,10 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     ema_decay: float | None = None
     """Keep a moving average of the trained weights, and export it."""
+    reference: Literal["none", "start", "ema"] | None = None
+    """The policy as it started, or a moving average of it; None is what the method chooses."""
+    reference_decay: float | None = None
+    """Decay of a moving reference per optimizer step; None takes 0.995."""
     log_every: int = 1
     """Steps from one line of metrics.jsonl to the next."""
 
@@ -204,8 +208,7 @@ def dump(config: TrainConfig) -> dict[str, Any]:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if item.name == "method":
-            name = next(n for n, cls in METHODS.items() if isinstance(value, cls))
-            table["method"] = {"name": name, **_plain(value)}
+            table["method"] = {"name": method_name(value), **_plain(value)}
         elif dataclasses.is_dataclass(value):
             table[item.name] = _plain(value)
         elif value is not None:
@@ -221,7 +224,11 @@ def _method(table: Any) -> Method:
     if name not in METHODS:
         raise InputError(f"config.method.name must be a known method, got {name!r}{near_match(name, METHODS)}")
     cls = METHODS[name]
-    if "link" in options and any(f.name == "link" for f in dataclasses.fields(cls)):
+    own = {f.name for f in dataclasses.fields(cls)}
+    for key in options:
+        if key in _ABSENT and key not in own:
+            raise InputError(f"config.method.{key} must be left out with method {name!r}: {_ABSENT[key]}")
+    if "link" in own & options.keys():
         link = options["link"]
         spec = dict(link) if isinstance(link, Mapping) else {"name": link}
         if not isinstance(spec.get("name"), str):
@@ -234,8 +241,63 @@ def _scalar(name: str, value: Any) -> Any:
     return typed(typing.get_type_hints(TrainConfig)[name], value, f"config.{name}")
 
 
+REFERENCE_DECAY = 0.995
+"""Of a moving reference, where the config names none."""
+
+_ABSENT = {
+    "link": "its loss is not a link on two implicit rewards",
+    "beta": "it has no KL strength",
+    "safeguard": "it has no winner and loser at one shared noise, whose residuals could be compared",
+    "scores": "it does not weigh one image against another by a link",
+    "share_noise": "its noise is not a choice",
+}
+"""Why a method may lack an option that others have."""
+
+
+def reference_kind(config: TrainConfig) -> ReferenceKind:
+    """What the policy is measured against: the config's choice, or else the method's own."""
+    return config.train.reference or config.method.needs.references[0]
+
+
+def _check_reference(config: TrainConfig, name: str) -> None:
+    allowed = config.method.needs.references
+    kind = reference_kind(config)
+    if kind not in allowed:
+        reasons: dict[tuple[str, ...], str] = {
+            ("none",): "measures against no reference",
+            ("pool",): "takes its references from its own earlier rounds",
+        }
+        why = reasons.get(allowed, "measures the policy against a reference")
+        choices = " or ".join(repr(k) for k in allowed if k not in ("none", "pool"))
+        remedy = f"must be {choices}" if choices else "must be left out"
+        raise InputError(f"config.train.reference {remedy} with method {name!r}, which {why}; got {kind!r}")
+    decay = config.train.reference_decay
+    if decay is not None and kind != "ema":
+        raise InputError(f"config.train.reference_decay must be left out unless the reference is 'ema', got {decay}")
+    if decay is not None and not 0 <= decay < 1:
+        raise InputError(f"config.train.reference_decay must be in [0, 1), got {decay}")
+
+
+def _check_method(config: TrainConfig) -> None:
+    """What the method needs against what the run gives it."""
+    name = method_name(config.method)
+    needs = config.method.needs
+    _check_reference(config, name)
+    if needs.float32_features and config.train.precision == "bf16":
+        raise InputError(
+            f"config.train.precision must be 'no' or 'fp16' with method {name!r}, whose features lie closer together "
+            "than bf16 resolves; got 'bf16'"
+        )
+
+
+def method_name(method: Method) -> str:
+    """The name of a method in `METHODS`."""
+    return next(name for name, cls in METHODS.items() if isinstance(method, cls))
+
+
 def _check(config: TrainConfig) -> None:
     """Values that exclude each other, each with the reason."""
+    _check_method(config)
     for name, value, least in (
         ("train.steps", config.train.steps, 1),
         ("train.batch_size", config.train.batch_size, 1),
@@ -281,12 +343,13 @@ def _plain(value: Any) -> dict[str, Any]:
         inner = getattr(value, item.name)
         if callable(inner):
             inner = _link_table(inner)
+        elif dataclasses.is_dataclass(inner):
+            inner = _plain(inner)
         if inner is not None and inner != {}:
             out[item.name] = list(inner) if isinstance(inner, tuple) else inner
     return out
 
 
 def _link_table(link: Any) -> str | dict[str, Any]:
-    function = link.func if isinstance(link, partial) else link
-    name = next(n for n, f in losses.LINKS.items() if f is function)
+    name = losses.link_name(link)
     return {"name": name, **link.keywords} if isinstance(link, partial) else name

@@ -3,8 +3,8 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffalign.errors import RunError
 from diffalign.rng import SampleRng
-from diffalign.types import Batch, Denoiser, Method, StepLoss
+from diffalign.types import ALONE, Batch, Denoiser, Method, RunningMean, Shared, StepLoss, alone
 
 DECILE_METRICS = ("loss", "rewards/margins", "rewards/accuracies", "winner_gain", "loser_gain", "err_w", "err_l")
 """Metrics that are also kept by decile of the noise level."""
@@ -30,6 +30,8 @@ class StepReport:
     samples: int
     """Samples of this step over all processes."""
     seconds: float
+    rewards: RunningMean = field(default_factory=RunningMean)
+    """Running mean of the implicit rewards so far, where the method keeps one."""
 
 
 class NotFinite(RunError):
@@ -53,6 +55,7 @@ def fit(
     seed: int = 0,
     start: int = 0,
     accelerator: Any = None,
+    rewards: RunningMean | None = None,
 ) -> Iterator[StepReport]:
     """Trains until `steps` optimizer steps have been taken; yields a report after each.
 
@@ -62,19 +65,22 @@ def fit(
         max_grad_norm: Gradients are scaled down to this norm; inf measures the norm only.
         start: Steps taken already, in a resumed run.
         accelerator: Of `accelerate`, for precision and processes; None trains plainly on one device.
+        rewards: The running mean of implicit rewards, in a resumed run.
 
     Raises:
         NotFinite: Before the update; it carries the batch.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
+    shared = shared_with(accelerator, rewards)
     for step in range(start, steps):
         began = time.monotonic()
         totals = Totals()
         for micro in range(accumulate):
             batch = next(batches).to(device)
             with _autocast(accelerator):
-                out = method(policy, reference, batch, SampleRng(seed, batch.samples))
+                out = method(policy, reference, batch, SampleRng(seed, batch.samples), shared)
+            shared = shared if out.rewards is None else replace(shared, rewards=out.rewards)
             totals.add(out)
             with _without_sync(accelerator, policy, last=micro == accumulate - 1):
                 _backward(accelerator, out.loss.mean() / accumulate)
@@ -84,8 +90,24 @@ def fit(
         optimizer.step()
         optimizer.zero_grad()
         yield StepReport(
-            step=step + 1, metrics=metrics, deciles=deciles, samples=samples, seconds=time.monotonic() - began
+            step=step + 1,
+            metrics=metrics,
+            deciles=deciles,
+            samples=samples,
+            seconds=time.monotonic() - began,
+            rewards=shared.rewards,
         )
+
+
+def shared_with(accelerator: Any, rewards: RunningMean | None = None) -> Shared:
+    """What the first micro-batch shares: sums over the accelerator's processes, and a running mean to go on from."""
+    return replace(ALONE, reduce=_reducer(accelerator), rewards=rewards or RunningMean())
+
+
+def _reducer(accelerator: Any) -> Callable[[Tensor], Tensor]:
+    if accelerator is None or accelerator.num_processes == 1:
+        return alone
+    return lambda total: accelerator.reduce(total.detach(), reduction="sum")
 
 
 class Totals:

@@ -42,6 +42,9 @@ def typed(hint: Any, value: Any, where: str) -> Any:
     """A value of the type `hint`, never converted; functions pass as they are."""
     if callable(value):
         return value
+    inner = section_class(hint)
+    if inner is not None:
+        return build(inner, value, where)
     adapter = pydantic.TypeAdapter(hint)
     try:
         return adapter.validate_python(tuple(value) if isinstance(value, list) else value, strict=True)

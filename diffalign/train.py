@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from diffalign import card
 from diffalign import checkpoint as disk
-from diffalign.assemble import Parts, assemble, claim_folder, state_of
+from diffalign.assemble import Parts, assemble, claim_folder, follow, state_of
 from diffalign.config import OptimizerSettings, TrainConfig, dump
 from diffalign.data.batches import stream
 from diffalign.errors import RunError
@@ -23,6 +23,7 @@ from diffalign.grids import save_grid
 from diffalign.logbook import Logbook
 from diffalign.models.save import export_full, export_lora
 from diffalign.progress import bar
+from diffalign.types import RunningMean
 from diffalign.validation import better, check_measure, validate
 
 
@@ -58,13 +59,13 @@ def train(parts: Parts, book: Logbook) -> None:
         parts.collator, batch_size=t.batch_size, accumulate=t.accumulate, share=parts.share, start_step=parts.start
     )
     if parts.start == 0:
-        look(parts, book, 0)
+        look(parts, book, 0, parts.rewards)
     set_lr(parts, parts.start)
     main = parts.accelerator.is_main_process
     with kept_aside(parts), bar("training", t.steps, shown=main, done=parts.start) as shown:
         for report in fit(
             parts.policy,
-            parts.reference,
+            None if parts.reference is None else parts.reference.denoiser,
             cfg.method,
             batches,
             parts.optimizer,
@@ -74,19 +75,21 @@ def train(parts: Parts, book: Logbook) -> None:
             seed=cfg.seed,
             start=parts.start,
             accelerator=parts.accelerator,
+            rewards=parts.rewards,
         ):
+            follow(parts)
             if parts.ema is not None:
                 parts.ema.step(parts.parameters.values())
             if report.step % t.log_every == 0 or report.step == t.steps:
                 book.step(report, parts.optimizer.param_groups[0]["lr"])
             set_lr(parts, report.step)
-            improved = look(parts, book, report.step)
+            improved = look(parts, book, report.step, report.rewards)
             if improved or report.step % cfg.checkpoint.every == 0 or report.step == t.steps:
-                save(parts, book, report.step)
+                save(parts, book, report.step, report.rewards)
             shown.advance(note=note(report))
 
 
-def look(parts: Parts, book: Logbook, step: int) -> bool:
+def look(parts: Parts, book: Logbook, step: int, rewards: RunningMean) -> bool:
     """Pictures and held-out pairs at the steps that have them; True where the chosen measure was beaten."""
     cfg = parts.cfg
     if cfg.samples is not None and step % cfg.samples.every == 0 and parts.accelerator.is_main_process:
@@ -96,12 +99,13 @@ def look(parts: Parts, book: Logbook, step: int) -> bool:
         return False
     result = validate(
         parts.policy,
-        parts.reference,
+        None if parts.reference is None else parts.reference.denoiser,
         cfg.method,
         parts.held,
         batch_size=cfg.train.batch_size,
         share=parts.share,
         accelerator=parts.accelerator,
+        rewards=rewards,
     )
     book.validation(step, result)
     measure = cfg.checkpoint.best
@@ -114,10 +118,10 @@ def look(parts: Parts, book: Logbook, step: int) -> bool:
     return True
 
 
-def save(parts: Parts, book: Logbook, step: int) -> None:
+def save(parts: Parts, book: Logbook, step: int, rewards: RunningMean) -> None:
     """A checkpoint of `step`; older ones beyond `keep_last` go, the best one stays."""
     root = parts.folder / "checkpoints"
-    state = state_of(parts, step, book.offset)
+    state = state_of(parts, step, book.offset, rewards)
     if parts.accelerator.is_main_process:
         with enough_room(root):
             disk.save_checkpoint(root, state)

@@ -1,8 +1,8 @@
 """The contracts that every part shares: batches, what a method returns; what a denoiser, a method, a reward are."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -41,22 +41,28 @@ class PairBatch:
     cond: Cond
     samples: tuple[int, ...]
     """Number of each pair in the run's stream, from which its random numbers are derived."""
+    score_w: Float[Tensor, " b"] | None = None
+    """Scores of the winners by some judge, from the data's score columns."""
+    score_l: Float[Tensor, " b"] | None = None
+    """Scores of the losers by the same judge."""
 
     def __len__(self) -> int:
         return len(self.x_w)
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        return PairBatch(
+        return replace(
+            self,
             x_w=self.x_w.to(device, non_blocking=True),
             x_l=self.x_l.to(device, non_blocking=True),
             cond=self.cond.to(device),
-            samples=self.samples,
+            score_w=None if self.score_w is None else self.score_w.to(device, non_blocking=True),
+            score_l=None if self.score_l is None else self.score_l.to(device, non_blocking=True),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in the batch by name, to keep a batch aside."""
-        cond = {f"cond.{k}": v for k, v in self.cond.tensors.items()}
-        return {"x_w": self.x_w, "x_l": self.x_l, "samples": torch.tensor(self.samples), **cond}
+        named = {"x_w": self.x_w, "x_l": self.x_l, "score_w": self.score_w, "score_l": self.score_l}
+        return {**{k: v for k, v in named.items() if v is not None}, **_common(self.samples, self.cond)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +73,67 @@ class ImageBatch:
     cond: Cond
     samples: tuple[int, ...]
     """Number of each image in the run's stream, from which its random numbers are derived."""
+    label: Float[Tensor, " b"] | None = None
+    """+1 for a good image, -1 for a bad one, where the data is labelled."""
 
     def __len__(self) -> int:
         return len(self.x_0)
 
     def to(self, device: torch.device | str) -> "ImageBatch":
-        return ImageBatch(x_0=self.x_0.to(device, non_blocking=True), cond=self.cond.to(device), samples=self.samples)
+        return replace(
+            self,
+            x_0=self.x_0.to(device, non_blocking=True),
+            cond=self.cond.to(device),
+            label=None if self.label is None else self.label.to(device, non_blocking=True),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in the batch by name, to keep a batch aside."""
-        cond = {f"cond.{k}": v for k, v in self.cond.tensors.items()}
-        return {"x_0": self.x_0, "samples": torch.tensor(self.samples), **cond}
+        label = {} if self.label is None else {"label": self.label}
+        return {"x_0": self.x_0, **label, **_common(self.samples, self.cond)}
 
 
 Batch = PairBatch | ImageBatch
+
+
+def _common(samples: tuple[int, ...], cond: Cond) -> dict[str, Tensor]:
+    return {"samples": torch.tensor(samples), **{f"cond.{k}": v for k, v in cond.tensors.items()}}
+
+
+def alone(total: Tensor) -> Tensor:
+    """The sum over processes where there is one."""
+    return total
+
+
+@dataclass(frozen=True)
+class RunningMean:
+    """Mean of everything that was added, kept as sum and count; 0 while there is nothing."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+    def add(self, values: Float[Tensor, " n"], reduce: Callable[[Tensor], Tensor] = alone) -> "RunningMean":
+        """With the values of every process added; synchronises."""
+        both = torch.stack([values.detach().double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
+        total, count = reduce(both).tolist()
+        return RunningMean(self.total + total, self.count + count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What a micro-batch shares with those before it and with the other processes."""
+
+    rewards: RunningMean = field(default_factory=RunningMean)
+    """Of all implicit rewards before this micro-batch, winners and losers alike; for links that ask for it."""
+    reduce: Callable[[Tensor], Tensor] = alone
+    """Sum over processes, without gradient."""
+
+
+ALONE = Shared()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +145,28 @@ class StepLoss:
     """Detached, per sample, under TRL's names where TRL has one."""
     noise_level: Float[Tensor, " b"]
     """Where each sample's t lies between clean (0) and pure noise (1); metrics are also kept by decile of it."""
+    rewards: RunningMean | None = None
+    """The running mean with this micro-batch in it, where the method keeps one."""
+
+
+ReferenceKind = Literal["none", "start", "ema", "pool"]
+"""No reference; the policy as it started; a moving average of the policy; an earlier checkpoint of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a method must be given; whatever is against it is an error before anything runs."""
+
+    data: Literal["pairs", "images", "labelled"]
+    """Winner and loser; winners alone; or single images, each good or bad."""
+    references: tuple[ReferenceKind, ...] = ("start",)
+    """What the policy may be measured against, the method's own choice first."""
+    scores: bool = False
+    """Pairs come with scores of both images."""
+    float32_features: bool = False
+    """The reference is run in part, with gradient, on differences that only float32 resolves."""
+    batch_statistics: bool = False
+    """A mean over the micro-batch of all processes enters the loss, so that needs two samples or more."""
 
 
 @runtime_checkable
@@ -113,11 +188,12 @@ class Denoiser(Protocol):
 class Method(Protocol):
     """A paper's loss: a frozen dataclass of its hyperparameters and one call."""
 
-    data: ClassVar[Literal["pairs", "images"]]
-    """Which batches the method takes."""
-    needs_reference: ClassVar[bool]
+    @property
+    def needs(self) -> Needs: ...
 
-    def __call__(self, policy: Denoiser, reference: Denoiser | None, batch: Batch, rng: SampleRng) -> StepLoss: ...
+    def __call__(
+        self, policy: Denoiser, reference: Denoiser | None, batch: Batch, rng: SampleRng, shared: Shared = ALONE
+    ) -> StepLoss: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ import torch
 from diffalign.data.batches import Collator
 from diffalign.data.cache import Share
 from diffalign.errors import InputError
-from diffalign.fit import Totals
+from diffalign.fit import Totals, shared_with
 from diffalign.paths import DDPMPath, FlowPath, TimestepSampling
 from diffalign.rng import SampleRng
-from diffalign.types import Denoiser, Method
+from diffalign.types import Denoiser, Method, RunningMean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +33,20 @@ def validate(
     batch_size: int,
     share: Share,
     accelerator: Any,
+    rewards: RunningMean | None = None,
 ) -> Validation:
     """Every held-out pair once in every decile, with the same noise each time it is called.
 
     A pair's draws depend on its place among the held-out ones alone, so two validations differ by the weights only.
     """
     totals = Totals()
+    shared = shared_with(accelerator, rewards)
     for decile in range(10):
         local = replace(policy, path=_within(policy.path, decile / 10, (decile + 1) / 10))
         for rows in _mine(len(collator.rows), batch_size, share):
             batch = collator.batch(rows, [-1 - row * 10 - decile for row in rows]).to(accelerator.device)
             with accelerator.autocast():
-                totals.add(method(local, reference, batch, SampleRng(collator.seed, batch.samples)))
+                totals.add(method(local, reference, batch, SampleRng(collator.seed, batch.samples), shared))
     metrics, deciles, _ = totals.means(accelerator)
     return Validation(metrics=metrics, deciles=deciles)
 

@@ -58,7 +58,7 @@ def grow(net) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_fresh_adapter_changes_nothing(folders, name):
     trained = policy(folders[name])
-    out = DiffusionDPO()(trained, make_reference(trained, adapted=True), batch(name), RNG)
+    out = DiffusionDPO()(trained, make_reference(trained, adapted=True).denoiser, batch(name), RNG)
     assert (out.metrics["rewards/margins"] == 0).all()
     assert out.metrics["rewards/accuracies"].tolist() == [0.5, 0.5]
 
@@ -67,7 +67,7 @@ def test_a_fresh_adapter_changes_nothing(folders, name):
 def test_the_reference_with_the_adapter_off_is_the_base_exactly(folders, name):
     trained, base = policy(folders[name]), policy(folders[name], full=True)
     grow(trained.net)
-    reference = make_reference(trained, adapted=True)
+    reference = make_reference(trained, adapted=True).denoiser
     b, t = batch(name), trained.path.sample_t(RNG)
     assert torch.equal(reference(b.x_w, t, b.cond), base(b.x_w, t, b.cond))
     assert not torch.equal(trained(b.x_w, t, b.cond), base(b.x_w, t, b.cond))
@@ -75,7 +75,7 @@ def test_the_reference_with_the_adapter_off_is_the_base_exactly(folders, name):
 
 def test_only_the_adapter_gets_a_gradient(folders):
     trained = policy(folders["sd"])
-    reference = make_reference(trained, adapted=True)
+    reference = make_reference(trained, adapted=True).denoiser
     DiffusionDPO()(trained, reference, batch("sd"), RNG).loss.sum().backward()
     with_gradient = {n for n, p in trained.net.named_parameters() if p.grad is not None}
     assert with_gradient == set(trainable(trained.net))
@@ -104,7 +104,7 @@ def _nothing():
 
 def test_a_full_policy_gets_a_frozen_copy_as_reference(folders):
     trained = policy(folders["sd"], full=True)
-    reference = make_reference(trained, adapted=False)
+    reference = make_reference(trained, adapted=False).denoiser
     assert not any(p.requires_grad for p in reference.net.parameters())
     DiffusionDPO()(trained, reference, batch("sd"), RNG).loss.sum().backward()
     assert all(p.grad is None for p in reference.net.parameters())
@@ -201,7 +201,7 @@ def test_a_start_from_a_lora_has_the_sum_of_base_and_lora_as_reference(folders, 
     export_lora(first.net, FAMILIES["sd"], tmp_path / "export")
     source = ModelSource(path=str(folders["sd"]), lora=str(tmp_path / "export"))
     second = load_policy(source, FAMILIES["sd"], None, lora=LoraSettings(rank=4), seed=0)
-    reference = make_reference(second, adapted=True)
+    reference = make_reference(second, adapted=True).denoiser
     b, t = batch("sd"), second.path.sample_t(RNG)
     expected = first(b.x_w, t, b.cond)
     assert torch.equal(reference(b.x_w, t, b.cond), expected)

@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_an_update(world, tmp_pat
 
     call, count = DiffusionDPO.__call__, []
 
-    def poisoned(self, policy, reference, batch, rng):
+    def poisoned(self, policy, reference, batch, rng, shared):
         out = call(self, policy, reference, batch, rng)
         count.append(1)
         return out if len(count) < 4 else type(out)(

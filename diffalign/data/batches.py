@@ -137,7 +137,7 @@ class Collator:
     """Makes batches of rows: samples the VAE's posterior, drops prompts (for the pair), scales."""
 
     rows: Rows
-    kind: Literal["pairs", "images"]
+    kind: Literal["pairs", "images", "labelled"]
     scale: LatentScale
     seed: int
     prompt_dropout: float = 0.0

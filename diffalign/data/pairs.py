@@ -139,7 +139,7 @@ class PairReader:
     def paired(self) -> bool:
         return self.layout != "unpaired"
 
-    def check_fits(self, kind: Literal["pairs", "images"]) -> None:
+    def check_fits(self, kind: Literal["pairs", "images", "labelled"]) -> None:
         """Raises InputError if a method takes pairs and there are none here."""
         if kind == "pairs" and not self.paired:
             raise InputError("data.path must have pairs for this method, got unpaired images; method 'sft' takes those")

@@ -1,15 +1,14 @@
 """Diffusion-DPO: implicit reward = -(beta / 2) (err - err_ref); loss = link(implicit reward of winner, of loser)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from diffalign import losses
 from diffalign.errors import InputError
 from diffalign.losses import Link
-from diffalign.methods.measure import pair_errors, pair_metrics
+from diffalign.methods.measure import Safeguard, ScoreUse, pair_errors, pair_step
 from diffalign.paths import ErrorSpace
 from diffalign.rng import SampleRng
-from diffalign.types import Denoiser, PairBatch, StepLoss
+from diffalign.types import ALONE, Denoiser, Needs, PairBatch, Shared, StepLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +22,6 @@ class DiffusionDPO:
     wrong.
     """
 
-    data: ClassVar[Literal["pairs"]] = "pairs"
-    needs_reference: ClassVar[bool] = True
-
     beta: float = 5000.0
     """KL strength; multiplies a squared error *averaged* over elements, hence in the thousands (2000 to 5000)."""
     link: Link = losses.sigmoid
@@ -34,17 +30,36 @@ class DiffusionDPO:
     """Between which predictions the errors are; `native` is what the network predicts, at constant weight."""
     share_noise: bool = True
     """Winner and loser get the same noise, as in the authors' code; False is the paper's eq. 14."""
+    safeguard: Safeguard | None = None
+    """Keeps the winner from getting worse (Diffusion-SDPO); needs shared noise."""
+    scores: ScoreUse | None = None
+    """Soft labels or margins from the data's score columns."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise InputError(f"method.beta must be positive, got {self.beta}")
+        if self.safeguard is not None and not self.share_noise:
+            raise InputError(
+                "method.safeguard must be left out with share_noise = false; it compares the residuals of winner and "
+                "loser at one noise"
+            )
 
-    def __call__(self, policy: Denoiser, reference: Denoiser, batch: PairBatch, rng: SampleRng) -> StepLoss:
-        e = pair_errors(policy, reference, batch, rng, error_space=self.error_space, share_noise=self.share_noise)
-        implicit_w = -0.5 * self.beta * (e.err_w - e.err_ref_w)
-        implicit_l = -0.5 * self.beta * (e.err_l - e.err_ref_l)
-        return StepLoss(
-            loss=self.link(implicit_w, implicit_l),
-            metrics=pair_metrics(e, implicit_w, implicit_l),
-            noise_level=e.noise_level,
+    @property
+    def needs(self) -> Needs:
+        return Needs(data="pairs", references=("start", "ema"), scores=self.scores is not None)
+
+    def __call__(
+        self, policy: Denoiser, reference: Denoiser, batch: PairBatch, rng: SampleRng, shared: Shared = ALONE
+    ) -> StepLoss:
+        e = pair_errors(
+            policy,
+            reference,
+            batch,
+            rng,
+            error_space=self.error_space,
+            share_noise=self.share_noise,
+            safeguard=self.safeguard,
         )
+        implicit_w = 0.5 * self.beta * e.gain_w
+        implicit_l = 0.5 * self.beta * e.gain_l
+        return pair_step(e, implicit_w, implicit_l, link=self.link, batch=batch, shared=shared, scores=self.scores)

@@ -1,12 +1,11 @@
 """Supervised fine-tuning on the winners: loss = err, the pre-training loss itself."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from diffalign.methods.measure import image_errors
 from diffalign.paths import ErrorSpace
 from diffalign.rng import SampleRng
-from diffalign.types import Denoiser, ImageBatch, StepLoss
+from diffalign.types import ALONE, Denoiser, ImageBatch, Needs, Shared, StepLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +15,15 @@ class SFT:
     Paper: the SFT baseline of Wallace et al., arXiv 2311.12908, section 5.1.
     """
 
-    data: ClassVar[Literal["images"]] = "images"
-    needs_reference: ClassVar[bool] = False
-
     error_space: ErrorSpace = "native"
     """Between which predictions the error is; `native` is what the network predicts, at constant weight."""
 
-    def __call__(self, policy: Denoiser, reference: Denoiser | None, batch: ImageBatch, rng: SampleRng) -> StepLoss:
-        err, noise_level = image_errors(policy, batch, rng, error_space=self.error_space)
-        return StepLoss(loss=err, metrics={"err_w": err.detach()}, noise_level=noise_level)
+    @property
+    def needs(self) -> Needs:
+        return Needs(data="images", references=("none",))
+
+    def __call__(
+        self, policy: Denoiser, reference: Denoiser | None, batch: ImageBatch, rng: SampleRng, shared: Shared = ALONE
+    ) -> StepLoss:
+        e = image_errors(policy, None, batch, rng, error_space=self.error_space)
+        return StepLoss(loss=e.err, metrics={"err_w": e.err.detach()}, noise_level=e.noise_level)

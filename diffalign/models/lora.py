@@ -94,6 +94,31 @@ def start_from_lora(pipeline: Any, net: Any, path: str, settings: LoraSettings) 
     cast_training_params(net, torch.float32)
 
 
+def add_reference(net: Any) -> None:
+    """Adds a frozen copy of the trained adapter, where training did not start from a LoRA and has one already."""
+    from diffusers.training_utils import cast_training_params
+
+    if REFERENCE in net.peft_config:
+        return
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        net.add_adapter(net.peft_config[POLICY], adapter_name=REFERENCE)
+    net.set_adapter(POLICY)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in trained)
+    cast_training_params(net, torch.float32)
+    with torch.no_grad():
+        for name, parameter in reference_parameters(net).items():
+            parameter.data = trained[name].detach().clone()
+
+
+def reference_parameters(net: Any) -> dict[str, nn.Parameter]:
+    """Weights of the frozen adapter by the names of the trained ones."""
+    own = f".{REFERENCE}."
+    return {name.replace(own, f".{POLICY}."): p for name, p in net.named_parameters() if own in name}
+
+
 def lora_state(net: Any) -> dict[str, Tensor]:
     """Weights of the trained adapter in peft's names, as exporters take them."""
     from peft import get_peft_model_state_dict

@@ -1,14 +1,22 @@
 """The two models of an alignment run: the policy that is trained and the reference that it is measured against."""
 
 import copy
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from diffalign.denoisers import Family
 from diffalign.models.load import ModelSource, load_net, load_pipeline, load_scheduler_config
-from diffalign.models.lora import LoraSettings, adapter_reference, add_lora, start_from_lora
+from diffalign.models.lora import (
+    LoraSettings,
+    adapter_reference,
+    add_lora,
+    add_reference,
+    reference_parameters,
+    start_from_lora,
+)
 from diffalign.paths import TimestepSampling
 from diffalign.types import Denoiser
 
@@ -33,12 +41,36 @@ def load_policy(
     return family.make_denoiser(net.eval(), load_scheduler_config(source), timesteps)
 
 
-def make_reference(policy: Any, *, adapted: bool) -> Denoiser:
-    """The policy as it starts: its network without the adapter, or a frozen copy of it; called by the same code."""
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What the policy is measured against, and the weights of it that may move."""
+
+    denoiser: Denoiser
+    parameters: dict[str, torch.nn.Parameter]
+    """By the names of the trained parameters; empty for a reference that stays as it is."""
+
+    def follow(self, trained: Mapping[str, torch.nn.Parameter], *, decay: float) -> None:
+        """One step of the moving average: reference <- decay reference + (1 - decay) policy."""
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.parameters.values()), [trained[name].detach() for name in self.parameters], 1 - decay
+            )
+
+
+def make_reference(policy: Any, *, adapted: bool, moves: bool = False) -> Reference:
+    """The policy as it starts: its network without the adapter, or a frozen copy of it; called by the same code.
+
+    Args:
+        adapted: The policy is a network with a trained adapter.
+        moves: The reference will be given other weights: an adapter of its own beside the trained one, or the copy.
+    """
     if adapted:
-        return adapter_reference(policy, policy.net)
+        if moves:
+            add_reference(policy.net)
+        parameters = reference_parameters(policy.net) if moves else {}
+        return Reference(denoiser=adapter_reference(policy, policy.net), parameters=parameters)
     frozen = copy.deepcopy(policy.net).requires_grad_(False)
-    return replace(policy, net=frozen)
+    return Reference(denoiser=replace(policy, net=frozen), parameters=dict(frozen.named_parameters()) if moves else {})
 
 
 def cast_frozen(net: torch.nn.Module, dtype: torch.dtype) -> None:
