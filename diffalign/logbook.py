@@ -18,7 +18,9 @@ class Logbook:
     def __init__(self, file: Path, accelerator: Any, start: int) -> None:
         """Opens the file, cut back to its first `start` bytes; only the main process writes."""
         self.accelerator = accelerator
+        self.file = file
         self.handle = None
+        self.first: Validation | None = None
         if accelerator.is_main_process:
             with file.open("ab") as end:
                 end.truncate(start)
@@ -53,6 +55,17 @@ class Logbook:
         """Writes one validation."""
         self._write({"step": step, "validation": result.metrics, "deciles": result.deciles})
         self.accelerator.log({f"validation/{k}": v for k, v in result.metrics.items()}, step=step)
+
+    def first_validation(self) -> Validation | None:
+        """The run's first validation, which a resumed run reads back."""
+        if self.first is None and self.handle is not None:
+            self.handle.flush()
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                entry = json.loads(line)
+                if "validation" in entry:
+                    self.first = Validation(metrics=entry["validation"], deciles=entry["deciles"])
+                    break
+        return self.first
 
     def __enter__(self) -> "Logbook":
         return self

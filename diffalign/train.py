@@ -1,6 +1,7 @@
 """One training run, whole: from a config to an export, in plain order."""
 
 import errno
+import logging
 import math
 import shutil
 import tomllib
@@ -24,7 +25,9 @@ from diffalign.logbook import Logbook
 from diffalign.models.save import export_full, export_lora
 from diffalign.progress import bar
 from diffalign.types import RunningMean
-from diffalign.validation import better, check_measure, validate
+from diffalign.validation import better, check_measure, movement, validate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,10 @@ def look(parts: Parts, book: Logbook, step: int, rewards: RunningMean) -> bool:
         rewards=rewards,
     )
     book.validation(step, result)
+    first = book.first_validation()
+    moved = None if first is None else movement(first, result)
+    if moved is not None and moved.displaced and step:
+        log.warning("step %d: %s", step, moved.sentence)
     measure = cfg.checkpoint.best
     if measure is None:
         return False

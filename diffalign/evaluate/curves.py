@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.evaluate.charts import Series, lines
+from diffalign.validation import Movement, Validation, movement
 
 _ACCURACY = "share of pairs where the model prefers the chosen image; one half is chance"
 _GAINS = "denoising error of the reference minus that of the model; above 0 the model became better at an image"
@@ -46,7 +47,7 @@ class Training:
     displaced: bool
     """Both gains are below 0 at the end: the model became worse at chosen and rejected images alike."""
     end: Mapping[str, float]
-    """`winner_gain` and `loser_gain` at the end, where the run has them."""
+    """`winner_gain` and `loser_gain` at the end, where the run has them; without a reference, over the run's start."""
     end_of: str
     """What `end` was measured on."""
 
@@ -59,9 +60,9 @@ def read_training(run: Path) -> Training | None:
     held = [{"step": e["step"], **e["validation"]} for e in entries if "validation" in e]
     if not steps:
         return None
-    end, end_of = _end(steps, held)
+    end, end_of, moved = _end(steps, [e for e in entries if "validation" in e])
     return Training(
-        charts=tuple(_charts(steps, held)),
+        charts=(*_charts(steps, held), *_by_noise(moved)),
         held_out=bool(held),
         displaced=len(end) == 2 and all(value < 0 for value in end.values()),
         end=end,
@@ -87,10 +88,35 @@ def _line(entries: Sequence[Mapping[str, Any]], metric: str) -> list[tuple[float
     return [(float(e["step"]), float(e[metric])) for e in entries if metric in e]
 
 
-def _end(steps: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], str]:
+def _by_noise(moved: Movement | None) -> list[Chart]:
+    """Where between clean and pure noise the model moved."""
+    if moved is None:
+        return []
+    named = (("chosen", "one", moved.deciles["winner"]), ("rejected", "two", moved.deciles["loser"]))
+    series = [
+        Series(name=name, style=style, line=(), points=[(float(i + 1), v) for i, v in enumerate(row) if v is not None])
+        for name, style, row in named
+        if any(v is not None for v in row)
+    ]
+    if not series:
+        return []
+    legend = tuple((s.name, s.style) for s in series)
+    title = "Gains by noise level at the end"
+    about = "held-out images, by tenth of the noise range: 1 is almost clean, 10 almost pure noise"
+    return [Chart(title=title, about=about, legend=legend, svg=lines(title, series, 0.0))]
+
+
+def _end(
+    steps: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, float], str, Movement | None]:
     """Gains at the end: of the last validation, or else the mean over the last tenth of the steps."""
-    names = [name for name in ("winner_gain", "loser_gain") if name in steps[0]]
     if held:
-        return {name: float(held[-1][name]) for name in names}, f"held-out pairs at step {held[-1]['step']}"
-    last = steps[-max(1, len(steps) // 10) :]
-    return {n: sum(float(e[n]) for e in last) / len(last) for n in names}, f"the last {len(last)} training steps"
+        first, last = (Validation(metrics=e["validation"], deciles=e.get("deciles", {})) for e in (held[0], held[-1]))
+        moved = movement(first, last)
+        gains = {} if moved is None else {"winner_gain": moved.winner, "loser_gain": moved.loser}
+        end = {name: float(value) for name, value in gains.items() if value is not None}
+        return end, f"held-out pairs at step {held[-1]['step']}", moved
+    names = [name for name in ("winner_gain", "loser_gain") if name in steps[0]]
+    last_steps = steps[-max(1, len(steps) // 10) :]
+    end = {n: sum(float(e[n]) for e in last_steps) / len(last_steps) for n in names}
+    return end, f"the last {len(last_steps)} training steps", None
