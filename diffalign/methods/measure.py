@@ -121,7 +121,8 @@ def errors_at(
         metrics |= {"kl_w": moved[0], "kl_l": moved[1]}
     err_w, err_l = err.chunk(2)
     if safeguard is not None:
-        factor_l = safeguard_factor(*(pred - target).detach().chunk(2), mu=safeguard.mu, per_pair=safeguard.per_pair)
+        residuals = (paths.broadcast(factor.sqrt(), pred) * (pred - target)).detach()
+        factor_l = safeguard_factor(*residuals.chunk(2), mu=safeguard.mu, per_pair=safeguard.per_pair)
         err_l = scale_gradient(err_l, factor_l)
         metrics["lambda_safe"] = factor_l
     err_ref = None if pred_ref is None else (factor * losses.squared_error(pred_ref, target)).chunk(2)
