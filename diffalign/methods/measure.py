@@ -119,9 +119,9 @@ def errors_at(
 
 
 def errors_between(
-    pred: Float[Tensor, "two_b *rest"],
-    target: Float[Tensor, "two_b *rest"],
-    pred_ref: Float[Tensor, "two_b *rest"] | None,
+    pred: Float[Tensor, " two_b *rest"],
+    target: Float[Tensor, " two_b *rest"],
+    pred_ref: Float[Tensor, " two_b *rest"] | None,
     *,
     noise_level: Float[Tensor, " b"],
     factor: Float[Tensor, " two_b"],
