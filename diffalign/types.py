@@ -185,6 +185,28 @@ class Denoiser(Protocol):
 
 
 @runtime_checkable
+class Encoder(Denoiser, Protocol):
+    """A denoiser that also shows what it sees in noised latents on its way down."""
+
+    def features(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Shaped[Tensor, " b"],
+        cond: Cond,
+        *,
+        mid: bool = False,
+        blocks: int | None = None,
+    ) -> list[Float[Tensor, "b _c _h _w"]]:
+        """Maps of its encoder from shallow to deep, in float32, differentiable in `x_t`; the last is the encoder's own.
+
+        Args:
+            mid: The middle block of a U-Net belongs to the encoder.
+            blocks: How many blocks of a transformer do; None is half of them.
+        """
+        ...
+
+
+@runtime_checkable
 class Method(Protocol):
     """A paper's loss: a frozen dataclass of its hyperparameters and one call."""
 

@@ -38,8 +38,11 @@ class Net(nn.Module):
             self.last = nn.Conv2d(16, SHAPE[0], 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return self.last(self.hidden(x_t, t, c))
+
+    def hidden(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         extra = torch.stack([t.to(x_t.dtype), c.mean(1)], dim=1)[..., None, None].expand(-1, -1, *x_t.shape[2:])
-        return self.last(torch.tanh(self.first(torch.cat([x_t, extra], dim=1))))
+        return torch.tanh(self.first(torch.cat([x_t, extra], dim=1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,11 @@ class Toy:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.net(x_t, self.path.noise_level(t), cond["c"]).float()
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, *, mid: bool = False, blocks: int | None = None):
+        """Two levels, the deeper one at half the size."""
+        hidden = self.net.hidden(x_t, self.path.noise_level(t), cond["c"])
+        return [hidden, nn.functional.avg_pool2d(hidden, 2)]
 
 
 def toy(prediction: Prediction = "epsilon", seed: int = 0) -> Toy:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffalign.denoisers.family import Family
+from diffalign.denoisers.features import captured
 from diffalign.errors import InputError
 from diffalign.paths import FlowPath, Prediction, TimestepSampling
 from diffalign.types import Cond
@@ -35,6 +36,40 @@ class DiTDenoiser:
             timestep=t * self.timestep_scale,
             return_dict=False,
         )[0].float()
+
+    def features(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, " b"],
+        cond: Cond,
+        *,
+        mid: bool = False,
+        blocks: int | None = None,
+    ) -> list[Float[Tensor, "b _c _h _w"]]:
+        """Image tokens as maps: of the patch embedding and after each of the first `blocks` blocks (None: half).
+
+        Raises:
+            InputError: `mid` is set, or there are fewer blocks.
+            RuntimeError: Inputs or weights are narrower than float32.
+        """
+        net: Any = self.net
+        depth = len(net.transformer_blocks)
+        count = max(1, depth // 2) if blocks is None else blocks
+        if mid:
+            raise InputError("method.perception.mid must be false with a transformer, which has no middle block")
+        if not 1 <= count <= depth:
+            raise InputError(f"method.perception.blocks must be at most the transformer's {depth}, got {count}")
+        patches, *outputs = captured(
+            net,
+            [net.pos_embed, *net.transformer_blocks[:count]],
+            x_t,
+            encoder_hidden_states=cond["prompt_embeds"],
+            pooled_projections=cond["pooled_prompt_embeds"],
+            timestep=t * self.timestep_scale,
+        )
+        tokens = [patches, *(image for _, image in outputs)]  # a block returns (text tokens, image tokens)
+        h, w = (side // net.config.patch_size for side in x_t.shape[-2:])
+        return [level.transpose(1, 2).unflatten(2, (h, w)) for level in tokens]
 
 
 def make_denoiser(net: nn.Module, scheduler: Mapping[str, Any], timesteps: TimestepSampling | None) -> DiTDenoiser:

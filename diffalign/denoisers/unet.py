@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffalign.denoisers.family import Family
+from diffalign.denoisers.features import captured
+from diffalign.errors import InputError
 from diffalign.paths import DDPMPath, Prediction, TimestepSampling
 from diffalign.types import Cond
 
@@ -25,6 +27,31 @@ class UNetDenoiser:
 
     def __call__(self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         return self.net(x_t, t, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0].float()
+
+    def features(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Int[Tensor, " b"],
+        cond: Cond,
+        *,
+        mid: bool = False,
+        blocks: int | None = None,
+    ) -> list[Float[Tensor, "b _c _h _w"]]:
+        """Outputs of the first convolution and of every down block, and with `mid` of the middle block too.
+
+        Raises:
+            InputError: `blocks` is set; the encoder of a U-Net is its whole down path.
+            RuntimeError: Inputs or weights are narrower than float32.
+        """
+        if blocks is not None:
+            raise InputError(
+                "method.perception.blocks must be left out with a U-Net, whose encoder is its whole down path; "
+                f"got {blocks}"
+            )
+        net: Any = self.net
+        modules = [net.conv_in, *net.down_blocks, *([net.mid_block] if mid else [])]
+        outputs = captured(net, modules, x_t, timestep=t, encoder_hidden_states=cond["prompt_embeds"])
+        return [out[0] if isinstance(out, tuple) else out for out in outputs]  # a down block also returns its skips
 
 
 def make_denoiser(net: nn.Module, scheduler: Mapping[str, Any], timesteps: TimestepSampling | None) -> UNetDenoiser:

@@ -114,6 +114,25 @@ def errors_at(
     factor = paths.error_factor(policy.path, policy.prediction, error_space, twice)
     pred_ref = None if reference is None else reference_prediction(reference, x_t, twice, cond)
     pred = policy(x_t, twice, cond)
+    level = policy.path.noise_level(t).float()
+    return errors_between(pred, target, pred_ref, noise_level=level, factor=factor, safeguard=safeguard)
+
+
+def errors_between(
+    pred: Float[Tensor, " two_b *rest"],
+    target: Float[Tensor, " two_b *rest"],
+    pred_ref: Float[Tensor, " two_b *rest"] | None,
+    *,
+    noise_level: Float[Tensor, " b"],
+    factor: Float[Tensor, " two_b"],
+    safeguard: Safeguard | None = None,
+) -> PairErrors:
+    """The four squared errors of each pair, of what was predicted for winners first, then losers.
+
+    Args:
+        pred: With gradient.
+        factor: What each squared error is multiplied by.
+    """
     err = factor * losses.squared_error(pred, target)
     metrics: dict[str, Tensor] = {}
     if pred_ref is not None:
@@ -131,7 +150,7 @@ def errors_at(
         err_l=err_l,
         err_ref_w=None if err_ref is None else err_ref[0],
         err_ref_l=None if err_ref is None else err_ref[1],
-        noise_level=policy.path.noise_level(t).float(),
+        noise_level=noise_level,
         metrics=metrics,
     )
 

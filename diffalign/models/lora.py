@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffalign.errors import InputError
 from diffalign.paths import NoisePath, Prediction
-from diffalign.types import Cond, Denoiser
+from diffalign.types import Cond, Encoder
 
 POLICY = "default"
 """Name of the trained adapter; the one that the exporters of Diffusers expect."""
@@ -128,9 +128,12 @@ def lora_state(net: Any) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterReference:
-    """The policy's own network with its adapter off, or with a frozen adapter in its place; never a gradient."""
+    """The policy's own network with its adapter off, or with a frozen adapter in its place.
 
-    policy: Denoiser
+    Its weights never get a gradient. Its predictions carry none; its features carry that of their input.
+    """
+
+    policy: Encoder
     layers: tuple[Any, ...]
     adapter: str | None
     """None switches adapters off; a name puts that adapter in place of the trained one."""
@@ -147,8 +150,21 @@ class AdapterReference:
         with torch.no_grad(), switched(self.layers, self.adapter):
             return self.policy(x_t, t, cond)
 
+    def features(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Shaped[Tensor, " b"],
+        cond: Cond,
+        *,
+        mid: bool = False,
+        blocks: int | None = None,
+    ) -> list[Float[Tensor, "b _c _h _w"]]:
+        """Maps of the policy's encoder without the trained adapter."""
+        with switched(self.layers, self.adapter):
+            return self.policy.features(x_t, t, cond, mid=mid, blocks=blocks)
 
-def adapter_reference(policy: Denoiser, net: nn.Module) -> AdapterReference:
+
+def adapter_reference(policy: Encoder, net: nn.Module) -> AdapterReference:
     """The reference that lives in the adapted network `net` of `policy`: base alone, or base and the starting LoRA."""
     layers = adapter_layers(net)
     started = any(REFERENCE in layer.lora_A for layer in layers)

@@ -1,0 +1,1 @@
+"""Moves along a noise path, from t to a less noisy s."""
