@@ -17,7 +17,13 @@ from tests.toys import images, pairs, toy
 
 FOLDER = Path(__file__).parent / "golden"
 PREDICTIONS = ("epsilon", "velocity")
-OPTIONS = {"diffusion_dpo": {"beta": 10.0}}
+OPTIONS = {
+    "cpo": {"beta": 10.0},
+    "diffusion_dpo": {"beta": 10.0},
+    "diffusion_kto": {"beta": 10.0},
+    "dmpo": {"beta": 10.0},
+    "linear_dpo": {"beta": 10.0},
+}
 """beta in the thousands would magnify the last digits, which differ between processors."""
 
 
