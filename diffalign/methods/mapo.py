@@ -1,4 +1,4 @@
-"""MaPO: loss = err_w - beta log S(T (s(err_w) - s(err_l))), with the score s(m) = k m / (exp(k m) - 1); no reference."""
+"""MaPO: err_w - beta log S(T (s(err_w) - s(err_l))) with the score s(m) = k m / (exp(k m) - 1); no reference."""
 
 from dataclasses import dataclass
 
