@@ -225,7 +225,7 @@ PROPERTIES: dict[str, LinkProperties] = {
     "hinge": LinkProperties(margin_only=True, **_FREE, optimum="h >= 1"),
     "ipo": LinkProperties(margin_only=True, **_FREE, optimum="h = 1/2"),
     "cdpo": LinkProperties(margin_only=True, **_FREE, optimum="h = logit(1 - e)"),
-    "robust": LinkProperties(margin_only=True, convex=False, bounded_below=True, optimum="h >= max_margin"),
+    "robust": LinkProperties(margin_only=True, **_FREE, optimum="h >= max_margin"),
     "exo_pair": LinkProperties(margin_only=True, convex=False, bounded_below=True, optimum="h = logit(1 - e)"),
     "nca_pair": LinkProperties(margin_only=False, **_FREE, optimum="A = log 2, B = -inf"),
     "bco_pair": LinkProperties(margin_only=False, **_FREE, optimum="A = inf, B = -inf"),
@@ -237,7 +237,7 @@ PROPERTIES: dict[str, LinkProperties] = {
 }
 
 
-def link(name: str, **options: float) -> Link:
+def link(name: str, **options: object) -> Link:
     """A link by name, with its options bound.
 
     Raises:
@@ -249,7 +249,7 @@ def link(name: str, **options: float) -> Link:
     for key, value in options.items():
         if key not in known:
             others = sorted(n for n, f in LINKS.items() if key in inspect.signature(f).parameters)
-            hint = f"; {' and '.join(others)} do" if others else near_match(key, known)
+            hint = f"; it belongs to {', '.join(others)}" if others else near_match(key, known)
             raise InputError(f"method.link: link {name!r} does not take option {key!r}{hint}")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InputError(f"method.link.{key} must be a number, got {value!r}")

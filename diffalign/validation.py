@@ -10,11 +10,11 @@ import torch
 from diffalign.data.batches import Collator
 from diffalign.data.cache import Share
 from diffalign.errors import InputError
-from diffalign.fit import Totals, shared_with
+from diffalign.fit import Totals
 from diffalign.methods.measure import pair_errors
 from diffalign.paths import DDPMPath, FlowPath, TimestepSampling
 from diffalign.rng import SampleRng
-from diffalign.types import Denoiser, Method, PairBatch, RunningMean
+from diffalign.types import ALONE, Denoiser, Method, PairBatch, RunningMean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def validate(
     A pair's draws depend on its place among the held-out ones alone, so two validations differ by the weights only.
     """
     totals = Totals()
-    shared = shared_with(accelerator, rewards)
+    shared = replace(ALONE, rewards=rewards or RunningMean())  # processes may differ in how many batches they have
     for decile in range(10):
         local = replace(policy, path=_within(policy.path, decile / 10, (decile + 1) / 10))
         for rows in _mine(len(collator.rows), batch_size, share):

@@ -22,6 +22,10 @@ OPTIONS = {
     "ncp_cpo": {"beta": 10.0, "both": 1e3},
     "ncp_dpo": {"beta": 10.0, "both": 1e3},
     "ncp_sft": {"both": 1e3},
+    "cpo": {"beta": 10.0},
+    "diffusion_kto": {"beta": 10.0},
+    "dmpo": {"beta": 10.0},
+    "linear_dpo": {"beta": 10.0},
 }
 """beta in the thousands would magnify the last digits, which differ between processors."""
 

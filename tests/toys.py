@@ -78,8 +78,10 @@ def pairs(size: int = 4, seed: int = 0, first: int = 0) -> PairBatch:
 
 
 def images(size: int = 4, seed: int = 0) -> ImageBatch:
+    """Single images, good and bad by turns."""
     batch = pairs(size, seed)
-    return ImageBatch(x_0=batch.x_w, cond=batch.cond, samples=batch.samples)
+    label = 1.0 - 2.0 * (torch.arange(size) % 2)
+    return ImageBatch(x_0=batch.x_w, cond=batch.cond, samples=batch.samples, label=label)
 
 
 def swapped(batch: PairBatch) -> PairBatch:

@@ -1,13 +1,23 @@
 """Methods: one paper, one file, one line in `METHODS`."""
 
+from diffalign.methods.cpo import CPO
 from diffalign.methods.diffusion_dpo import DiffusionDPO
+from diffalign.methods.diffusion_kto import DiffusionKTO
+from diffalign.methods.dmpo import DMPO
+from diffalign.methods.linear_dpo import LinearDPO
+from diffalign.methods.mapo import MaPO
 from diffalign.methods.ncp_cpo import NCPCPO
 from diffalign.methods.ncp_dpo import NCPDPO
 from diffalign.methods.ncp_sft import NCPSFT
 from diffalign.methods.sft import SFT
 
 METHODS: dict[str, type] = {
+    "cpo": CPO,
     "diffusion_dpo": DiffusionDPO,
+    "diffusion_kto": DiffusionKTO,
+    "dmpo": DMPO,
+    "linear_dpo": LinearDPO,
+    "mapo": MaPO,
     "ncp_cpo": NCPCPO,
     "ncp_dpo": NCPDPO,
     "ncp_sft": NCPSFT,

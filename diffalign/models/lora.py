@@ -95,21 +95,20 @@ def start_from_lora(pipeline: Any, net: Any, path: str, settings: LoraSettings) 
 
 
 def add_reference(net: Any) -> None:
-    """Adds a frozen copy of the trained adapter, where training did not start from a LoRA and has one already."""
+    """Sets a frozen float32 copy of the trained adapter beside it; where training started from a LoRA it is there."""
     from diffusers.training_utils import cast_training_params
 
-    if REFERENCE in net.peft_config:
-        return
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        net.add_adapter(net.peft_config[POLICY], adapter_name=REFERENCE)
-    net.set_adapter(POLICY)
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in trained)
-    cast_training_params(net, torch.float32)
+    if REFERENCE not in net.peft_config:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            net.add_adapter(net.peft_config[POLICY], adapter_name=REFERENCE)
+        net.set_adapter(POLICY)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(name in trained)
+        cast_training_params(net, torch.float32)
     with torch.no_grad():
-        for name, parameter in reference_parameters(net).items():
+        for name, parameter in reference_parameters(net).items():  # may be stored in 16 bits, too few to average in
             parameter.data = trained[name].detach().clone()
 
 
