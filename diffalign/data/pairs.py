@@ -179,18 +179,37 @@ class PairReader:
 
     def row(self, number: int, record: Mapping[str, Any]) -> Row | Dropped:
         """One record of the source as a row."""
-        value = self.cells(record)
-        prompt = value["caption" if self.layout == "pickapic" else "prompt"]
+        prompt = self.prompt(number, record)
+        try:
+            return self._labelled(number, prompt, self._cells(record))
+        except (OSError, TypeError) as error:
+            return Dropped(number, "broken", " ".join(str(error).split()))
+
+    def prompt(self, number: int, record: Mapping[str, Any]) -> str:
+        """The prompt of a record.
+
+        Raises:
+            InputError: It is not text.
+        """
+        prompt = record[self._own("caption" if self.layout == "pickapic" else "prompt")]
         if not isinstance(prompt, str):
             raise InputError(
                 f"data.path must have text prompts, got {type(prompt).__name__} {repr(prompt)[:40]} in row {number}"
             )
-        try:
-            return self._labelled(number, prompt, value)
-        except (OSError, TypeError) as error:
-            return Dropped(number, "broken", " ".join(str(error).split()))
+        return prompt
 
-    def cells(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def images(self, record: Mapping[str, Any]) -> list[Any]:
+        """The image cells of a record in the order of their columns; `image` makes bytes of them."""
+        return [record.get(self._own(name)) for name in IMAGES[self.layout]]
+
+    def label(self, record: Mapping[str, Any]) -> float | None:
+        """1 where the first image of a pair wins, 0 where the second does, 0.5 for a tie, None without a label."""
+        if self.layout != "pickapic":
+            return 1.0
+        label = record[self._own("label_0")]
+        return float(label) if label in (0, 0.5, 1) else None
+
+    def _cells(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """What a record has in the columns of its layout, under their standard names, scores included."""
         names = LAYOUTS["trl" if self.layout == "folders" else self.layout]
         scores = SCORES[self.layout] if self.scored else ()
