@@ -121,7 +121,14 @@ def test_a_filter_that_keeps_nothing_is_an_error_and_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("first", "second", "label"),
-    [(2.0, 1.0, 1.0), (1.0, 2.0, 0.0), (1.0, 1.0, 0.5), (None, 1.0, None), (1.0, math.nan, None), (math.inf, 1, None)],
+    [
+        (2.0, 1.0, 1.0),
+        (1.0, 2.0, 0.0),
+        (1.0, 1.0, 0.5),
+        (None, 1.0, None),
+        (1.0, math.nan, None),
+        (math.inf, 1.0, None),
+    ],
 )
 def test_the_higher_score_wins_and_equal_scores_tie(first, second, label):
     assert label_by(first, second) == label

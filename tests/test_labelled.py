@@ -329,3 +329,26 @@ def test_swapped_labels_are_kept_out_of_the_cache(world):
     assert {p: p.read_bytes() for p in (world / "cache-sd").iterdir()} == before
     straight, swapped = (metrics(world / name)[0] for name in ("run", "swapped"))
     assert swapped["err_w"] == pytest.approx(straight["err_l"], rel=1e-5)
+
+
+def test_a_tie_never_reaches_a_batch(tmp_path):
+    rows = scored_rows(9, ties=5)
+    source = collator(tmp_path, reader(tmp_path, rows))
+    assert len(source) == 4
+    batches = stream(source, batch_size=4, accumulate=1, share=Share())
+    seen = {score for _ in range(5) for score in next(batches).score_w.tolist()}
+    assert seen == {1.0, 10.0, 21.0, 30.0}  # winners of rows 0 to 3
+
+
+def test_prompts_are_dropped_by_sample_whatever_is_drawn(tmp_path):
+    """The stream of dropped prompts is that of pairs and images: same seed, same sample, same drop."""
+    source = reader(tmp_path, worlds.preference_rows(6))
+    kinds = [("pairs", {}), ("images", {}), ("labelled", {}), ("labelled", {"positive_ratio": 0.5})]
+    dropped = []
+    for kind, options in kinds:
+        batches = stream(
+            collator(tmp_path, source, kind, prompt_dropout=0.4, **options), batch_size=50, accumulate=1, share=Share()
+        )
+        dropped.append((next(batches).cond["c"][:, 0] == 0).tolist())
+    assert all(some == dropped[0] for some in dropped)
+    assert any(dropped[0])
