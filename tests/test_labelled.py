@@ -272,8 +272,8 @@ def world(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("data", ["pairs.parquet", "labelled.parquet"])
-def test_a_method_on_labelled_images_trains_on_pairs_and_on_single_images(world, data, cache):
+@pytest.mark.parametrize(("data", "held_rows"), [("pairs.parquet", 3), ("labelled.parquet", 4)])
+def test_a_method_on_labelled_images_trains_on_pairs_and_on_single_images(world, data, held_rows, cache):
     cfg = parse(
         config(
             world,
@@ -282,7 +282,7 @@ def test_a_method_on_labelled_images_trains_on_pairs_and_on_single_images(world,
             data={"path": str(world / data), "cache": cache, "positive_ratio": 0.999},
             train={"steps": 1, "batch_size": 8},
         )
-        | {"method": {"name": "signed"}, "validation": {"every": 1, "fraction": 0.3, "pairs": 4}}
+        | {"method": {"name": "signed"}, "validation": {"every": 1, "fraction": 0.3, "pairs": held_rows}}
     )
     run(cfg)
     step, held = metrics(world / "run")[1], metrics(world / "run")[0]["validation"]
