@@ -67,6 +67,8 @@ def encode(world: World, device: torch.device) -> Encoded:
 class WorldRows:
     """A world's pairs as the collator asks for them: from the cache, or encoded when asked for, as `LiveRows` does."""
 
+    marks = None
+
     def __init__(self, world: World, variant: Variant, device: torch.device, cache: Encoded) -> None:
         self.world, self.device, self.cache = world, device, cache
         self.vae = None if variant.latent_cache else copy.deepcopy(world.vae).to(device)

@@ -32,7 +32,7 @@ from diffalign.models.load import detect_family
 from diffalign.models.policy import Reference, cast_frozen, load_policy, make_reference
 from diffalign.models.save import trainable
 from diffalign.strict import changed_keys, to_toml
-from diffalign.types import RunningMean
+from diffalign.types import Needs, RunningMean
 
 _FREE_TO_CHANGE = ("resume", "train.steps")
 """Keys that a resumed run may have changed."""
@@ -98,6 +98,8 @@ def assemble(cfg: TrainConfig) -> Parts:
         seed=cfg.seed,
         prompt_dropout=cfg.data.prompt_dropout,
         latents=cfg.data.latents,
+        swap=cfg.data.swap_labels,
+        positive_ratio=cfg.data.positive_ratio,
     )
 
     check_batch(cfg, share.of)
@@ -201,9 +203,9 @@ def prepare_rows(
     cfg: TrainConfig, family: Family, folder: Path, share: Share, accelerator: Any
 ) -> tuple[Rows, Rows | None, Counts]:
     """Rows to train on and rows held out, from the cache or encoded as they are asked for."""
-    data = cfg.data
-    reader = PairReader(data)
-    reader.check_fits(cfg.method.needs.data)
+    data, needs = cfg.data, cfg.method.needs
+    reader = PairReader(data, bad_images=needs.data == "labelled")
+    reader.check_fits(needs.data, scores=needs.scores, swapped=data.swap_labels)
     prep = Preprocessing(
         resolution=data.resolution or native_resolution(cfg.model, family),
         crop=data.crop,
@@ -214,7 +216,11 @@ def prepare_rows(
     fraction = 0.0 if cfg.validation is None else cfg.validation.fraction
     limit = 0 if cfg.validation is None else cfg.validation.pairs
     if data.cache is False:
-        return split_live(reader, prep, encoders, fraction, limit, cfg.seed, data.encode_batch_size)
+        rows, held, counts = split_live(
+            reader, prep, encoders, fraction, limit, cfg.seed, data.encode_batch_size, scored=needs.scores
+        )
+        check_labels(rows, needs)
+        return rows, held, counts
     place = folder / "cache" if data.cache is True else Path(data.cache)
     job = CacheJob(
         folder=place,
@@ -226,7 +232,20 @@ def prepare_rows(
         wait=accelerator.wait_for_everyone,
     )
     table = cached(reader, prep, encoders, job)
-    return *split_cached(place, table, fraction, limit, cfg.seed), table.counts
+    rows, held = split_cached(place, table, fraction, limit, cfg.seed, scored=needs.scores)
+    check_labels(rows, needs)
+    return rows, held, table.counts
+
+
+def check_labels(rows: Rows, needs: Needs) -> None:
+    """Raises InputError where a method learns from good and bad images and the data has one kind alone."""
+    marks = rows.marks
+    if needs.data == "labelled" and marks is not None and not marks.both_labels:
+        good = int(marks.good.sum())
+        raise InputError(
+            f"data.path must have good and bad images for this method, got {good} good and {len(rows) - good} bad "
+            "to train on"
+        )
 
 
 def place_net(net: Any, cfg: TrainConfig, accelerator: Any, *, adapted: bool) -> Any:

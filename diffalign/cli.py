@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from diffalign.cli_data import data_app
 from diffalign.errors import InputError, RunError
 
 app = typer.Typer(
@@ -20,7 +21,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at preference data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 out = Console()
 COMMAND = sys.argv[1:]
@@ -239,59 +239,6 @@ def list_() -> None:
     out.print(table)
 
 
-@data_app.command("check")
-def check_data(
-    path: Annotated[str, typer.Argument(help="Parquet file, folder, `datasets` id, or shipped data by name.")],
-    split: str = "train",
-    limit: Annotated[int | None, typer.Option(help="Read only the first rows.")] = None,
-    streaming: Annotated[bool, typer.Option(help="Read a hub data set without downloading all of it.")] = False,
-) -> None:
-    """Count rows, ties, broken images and duplicates; for a hub id, say its size before any download."""
-    from diffalign.data.check import check, hub_size
-    from diffalign.data.pairs import PairReader, PairSource
-    from diffalign.shipped import DATASETS, resolve
-
-    if not Path(resolve(path, DATASETS)).exists() and path.count("/") == 1 and not path.startswith((".", "/")):
-        size, rows = hub_size(path, split)
-        out.print(
-            f"{path}: {gigabytes(size)} to download, {rows or 'unknown'} rows in split {split!r}", highlight=False
-        )
-        if not streaming:
-            out.print("add --streaming to read it without downloading all of it, and --limit N for its first rows")
-            return
-    found = check(PairReader(PairSource(path=path, split=split, limit=limit, streaming=streaming)))
-    table = Table("what", "value", title=path, title_justify="left")
-    for name, value in describe_check(found):
-        table.add_row(name, value)
-    out.print(table)
-    found.counts.check("data.path", final=True)
-
-
-def describe_check(found: object) -> list[tuple[str, str]]:
-    """Rows of the table that `data check` prints."""
-    from diffalign.data.check import Check
-
-    assert isinstance(found, Check), "describe_check takes what check returns"
-    counts = found.counts
-    rows = [
-        ("layout", found.layout),
-        ("columns", ", ".join(found.columns) or "-"),
-        ("rows", str(counts.rows)),
-        ("used", str(counts.kept)),
-        *[(reason + ("s" if reason == "tie" else ""), str(n)) for reason, n in sorted(counts.dropped.items())],
-        ("distinct prompts", str(found.prompts)),
-        ("distinct images", str(found.images)),
-        ("repeated rows", str(found.repeated_pairs)),
-        ("pairs of equal images", str(found.equal_pairs)),
-        ("image sizes", ", ".join(f"{w}x{h} ({n})" for (w, h), n in found.sizes.most_common(4))),
-        ("images", gigabytes(found.bytes)),
-    ]
-    if found.labelled:
-        word = "first image wins" if found.layout == "pickapic" else "good labels"
-        rows.append((word, f"{found.first_wins} of {found.labelled} ({100 * found.first_wins / found.labelled:.1f} %)"))
-    return rows + [("broken", text) for text in counts.broken[:5]]
-
-
 @app.command()
 def demo() -> None:
     """Align the shipped tiny model, evaluate it, and print the commands that do it."""
@@ -321,16 +268,6 @@ def print_results(results: object) -> None:
             )
         out.print(table)
         out.print(verdict(comparison).sentence, highlight=False)
-
-
-def gigabytes(size: int | None) -> str:
-    """A size in words."""
-    if size is None:
-        return "unknown size"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def first_comment(file: Path) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffalign import losses
-from diffalign.data.pairs import PairSource
+from diffalign.data.sources import PairSource
 from diffalign.errors import InputError, near_match
 from diffalign.methods import METHODS
 from diffalign.models.load import ModelSource
@@ -40,6 +40,11 @@ class DataSettings(PairSource):
     """Probability that a pair trains with the empty prompt (Diffusion-DPO: 0.2)."""
     latents: Literal["sample", "mean"] = "sample"
     """Draw latents from the VAE's posterior at every step, or take its mean."""
+    swap_labels: bool = False
+    """Winners and losers change places, with their scores; good and bad images too (Diffusion-NPO trains so)."""
+    positive_ratio: float | None = None
+    """For methods on labelled images: probability that a sample is a good one, drawn with replacement (Diffusion-KTO:
+    0.8); None takes every image once an epoch."""
     cache: str | bool = True
     """Folder of the cache; true takes `cache` in the run's folder, false encodes at every step."""
     cache_dtype: Literal["float16", "float32"] = "float16"
@@ -283,6 +288,12 @@ def _check_method(config: TrainConfig) -> None:
     name = method_name(config.method)
     needs = config.method.needs
     _check_reference(config, name)
+    ratio = config.data.positive_ratio
+    if ratio is not None and needs.data != "labelled":
+        takes = "pairs, of which each has a good image and a bad one" if needs.data == "pairs" else "good images alone"
+        raise InputError(f"config.data.positive_ratio must be left out with method {name!r}, which takes {takes}")
+    if ratio is not None and not 0 < ratio < 1:
+        raise InputError(f"config.data.positive_ratio must be in (0, 1), got {ratio}; leave it out to take each once")
     if needs.float32_features and config.train.precision == "bf16":
         raise InputError(
             f"config.train.precision must be 'no' or 'fp16' with method {name!r}, whose features lie closer together "

@@ -88,7 +88,7 @@ def validate(
     shared = replace(ALONE, rewards=rewards or RunningMean())  # processes may differ in how many batches they have
     for decile in range(10):
         local = replace(policy, path=_within(policy.path, decile / 10, (decile + 1) / 10))
-        for rows in _mine(len(collator.rows), batch_size, share):
+        for rows in _mine(len(collator), batch_size, share):
             batch = collator.batch(rows, [-1 - row * 10 - decile for row in rows]).to(accelerator.device)
             with accelerator.autocast():
                 totals.add(method(local, reference, batch, SampleRng(collator.seed, batch.samples), shared))

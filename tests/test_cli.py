@@ -235,12 +235,17 @@ def test_a_run_that_fails_ends_with_status_1(world, tmp_path, run, monkeypatch):
         (["sample", "nothing-here", "--out", "x"], "must be a folder, a .safetensors file, a hub id or a shipped name"),
         (["evaluate", "{sd}", "{sd}", "--reward", "nobody", "--out", "x"], "nobody"),
         (["data", "check", "nothing.parquet"], "data.path must exist"),
+        (["data", "filter", "nothing.parquet", "--out", "x.parquet"], "add --absolute-winners"),
+        (["data", "filter", "nothing.parquet", "--absolute-winners", "--out", "x.parquet"], "data.path must exist"),
+        (["data", "score", "{pairs}", "--reward", "clipp", "--out", "x.parquet"], "'clip'"),
+        (["data", "relabel", "{pairs}", "--reward", "oracle", "--out", "x.csv"], "out must be a .parquet file"),
+        (["data", "unpair", "{pairs}", "--out", "{pairs}"], "which exists"),
         (["export", "{sd}/unet", "--out", "x"], "which goes on top of one; name it as base"),
     ],
 )
 def test_a_wrong_input_of_other_commands_is_one_line(world, tmp_path, run, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    status, _, err = run(*[a.format(sd=world / "sd") for a in arguments])
+    status, _, err = run(*[a.format(sd=world / "sd", pairs=world / "pairs.parquet") for a in arguments])
     assert status == 2
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
@@ -312,4 +317,11 @@ def test_the_command_line_has_not_changed():
         "score": ["batch_size", "device", "images", "out_file", "prompts", "reward"],
         "train": ["config", "overrides"],
     }
-    assert words(group.commands["data"]) == {"check": ["limit", "path", "split", "streaming"]}
+    source = ["limit", "out_file", "path", "split"]
+    assert words(group.commands["data"]) == {
+        "check": ["limit", "path", "split", "streaming"],
+        "filter": ["absolute_winners", "all_losers", *source],
+        "relabel": sorted([*source, "batch_size", "device", "reward"]),
+        "score": sorted([*source, "batch_size", "device", "reward"]),
+        "unpair": sorted([*source, "mixed"]),
+    }

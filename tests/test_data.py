@@ -274,7 +274,7 @@ def test_a_build_that_died_goes_on_where_it_stopped(tmp_path, pairs, small_shard
     for name in ("rows-00000", "rows-00004", "text-00001"):
         a, b = (load_file(tmp_path / f / f"{name}.safetensors") for f in ("whole", "cache"))
         assert a.keys() == b.keys()
-        assert all(torch.equal(a[k], b[k]) for k in a)
+        assert all(torch.equal(a[k].nan_to_num(7), b[k].nan_to_num(7)) for k in a)
 
 
 def test_a_finished_cache_encodes_nothing(tmp_path, pairs, small_shards):
@@ -368,7 +368,7 @@ def samples(collator, steps, **layout):
 
 def test_every_row_comes_once_an_epoch():
     order = Order(10, seed=3)
-    epochs = [[order.row(10 * e + i) for i in range(10)] for e in range(3)]
+    epochs = [[order.item(10 * e + i) for i in range(10)] for e in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1]
 
@@ -414,6 +414,8 @@ def test_latents_are_shifted_and_scaled_as_the_denoiser_takes_them(tmp_path, pai
 
 def test_the_posterior_is_drawn_afresh_at_every_sample():
     class Wide:
+        marks = None
+
         def __len__(self):
             return 1
 

@@ -22,7 +22,7 @@ LAYERS = [
     ("card", "grids", "assemble"),
     ("train",),
     ("api",),
-    ("cli", "tiny makers"),
+    ("cli", "cli_data", "tiny makers"),
 ]
 """Lowest first; a module may import from its own layer and from those below."""
 

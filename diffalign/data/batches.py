@@ -1,8 +1,8 @@
 """Rows to batches: in which order, by which process, with which latents and which prompts.
 
-The run is one stream of samples 0, 1, 2, ...; every epoch is a permutation of the rows. A sample's number decides its
-row and all its random numbers, so batches do not depend on how many processes or micro-batches share an optimizer
-step.
+The run is one stream of samples 0, 1, 2, ...; every epoch is a permutation of the items, which are the rows, or for
+labelled data their single images. A sample's number decides its item and all its random numbers, so batches do not
+depend on how many processes or micro-batches share an optimizer step.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffalign import rng
@@ -23,6 +23,9 @@ from diffalign.errors import InputError
 from diffalign.rng import SampleRng
 from diffalign.types import Batch, Cond, ImageBatch, PairBatch
 
+Member = Literal["w", "l"]
+"""An image of a row; a single image is its row's `w`, whatever its label."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentScale:
@@ -32,14 +35,38 @@ class LatentScale:
     shift: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Marks:
+    """What rows say of their images."""
+
+    score: Float[Tensor, "n 2"]
+    """Scores of winner and loser; NaN where there are none."""
+    good: Bool[Tensor, " n"]
+    """Labels of single images; True for pairs."""
+    paired: bool
+    """Rows are pairs, not single images."""
+
+    @property
+    def both_labels(self) -> bool:
+        return bool(len(self.good)) and (self.paired or bool(self.good.any() and not self.good.all()))
+
+    def rows(self, index: Tensor) -> "Marks":
+        return Marks(score=self.score[index], good=self.good[index], paired=self.paired)
+
+
 @runtime_checkable
 class Rows(Protocol):
     """Rows by position, as moments of winner and loser and as conditions."""
 
+    @property
+    def marks(self) -> Marks | None:
+        """None for pairs without scores."""
+        ...
+
     def __len__(self) -> int: ...
 
     def latents(
-        self, rows: Sequence[int], samples: Sequence[int], member: Literal["w", "l"]
+        self, rows: Sequence[int], samples: Sequence[int], member: Member
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         """Mean and std of one image a row, unscaled."""
         ...
@@ -55,12 +82,14 @@ class CachedRows:
         self.table = table
         self.rows = rows
         self.seed = seed
+        paired = bool((table.rejected[rows] >= 0).all())
+        self.marks = Marks(score=table.score[rows], good=table.good[rows], paired=paired)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def latents(
-        self, rows: Sequence[int], samples: Sequence[int], member: Literal["w", "l"]
+        self, rows: Sequence[int], samples: Sequence[int], member: Member
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         where = self.table.chosen if member == "w" else self.table.rejected
         return self.reader.moments(
@@ -89,8 +118,9 @@ class LiveRows:
         prompts: EncodePrompts,
         seed: int,
         batch_size: int,
+        marks: Marks | None = None,
     ) -> None:
-        """Rows `numbers` of the source; `batch_size` images go through the VAE at a time."""
+        """Rows `numbers` of the source, of which `marks` tell; `batch_size` images go through the VAE at a time."""
         self.reader = reader
         self.numbers = numbers
         self.prep = prep
@@ -98,19 +128,20 @@ class LiveRows:
         self.prompts = prompts
         self.seed = seed
         self.batch_size = batch_size
+        self.marks = marks
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def latents(
-        self, rows: Sequence[int], samples: Sequence[int], member: Literal["w", "l"]
+        self, rows: Sequence[int], samples: Sequence[int], member: Member
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         pixels = torch.stack([self._pixels(r, s, member) for r, s in zip(rows, samples, strict=True)])
         parts = [self.images(some) for some in pixels.split(self.batch_size)]
         mean, std = (torch.cat([part[i] for part in parts]).float().cpu() for i in (0, 1))
         return mean, std
 
-    def _pixels(self, row: int, sample: int, member: Literal["w", "l"]) -> Float[Tensor, "3 h w"]:
+    def _pixels(self, row: int, sample: int, member: Member) -> Float[Tensor, "3 h w"]:
         found = self._row(row)
         data = found.chosen if member == "w" else found.rejected
         if data is None:
@@ -144,22 +175,87 @@ class Collator:
     """Probability that a sample's prompt is replaced by "", for both members of a pair."""
     latents: Literal["sample", "mean"] = "sample"
     """Draw from the VAE's posterior afresh each time, as reference trainers do, or take its mean."""
+    swap: bool = False
+    """Winners and losers change places, good and bad labels too."""
+    positive_ratio: float | None = None
+    """Labelled images: probability that a sample is a good one, drawn with replacement; None takes every image once an
+    epoch."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_dropout <= 1:
             raise InputError(f"data.prompt_dropout must be in [0, 1], got {self.prompt_dropout}")
 
-    def batch(self, rows: Sequence[int], samples: Sequence[int]) -> Batch:
-        """The batch of some rows; `samples` are their numbers in the run's stream."""
+    def __len__(self) -> int:
+        """Number of items: rows, or for labelled data single images, of which a pair has two."""
+        return len(self.rows) * (2 if self._halves else 1)
+
+    @property
+    def order(self) -> "Order | Drawn":
+        """Which item each sample of the stream is."""
+        if self.positive_ratio is None:
+            return Order(len(self), self.seed)
+        return Drawn(self.good, self.positive_ratio, self.seed)
+
+    @property
+    def good(self) -> Bool[Tensor, " n"]:
+        """Whether each item of labelled data is a good image."""
+        marks = self.rows.marks
+        labels = torch.arange(len(self)) % 2 == 0 if self._halves or marks is None else marks.good
+        return ~labels if self.swap else labels
+
+    def batch(self, items: Sequence[int], samples: Sequence[int]) -> Batch:
+        """The batch of some items; `samples` are their numbers in the run's stream."""
         draws = SampleRng(self.seed, tuple(samples))
+        rows = [item // 2 for item in items] if self._halves else list(items)
         dropped = (draws.uniform("prompt_dropout") < self.prompt_dropout).tolist()
         cond = self.rows.cond(rows, dropped)
-        x_w = self._latents(rows, draws, "w")
+        if self.kind == "labelled":
+            label = self.good[torch.tensor(items)].float() * 2 - 1
+            return ImageBatch(x_0=self._mixed(items, rows, draws), cond=cond, samples=draws.samples, label=label)
+        members: tuple[Member, Member] = ("l", "w") if self.swap else ("w", "l")
+        x_w = self._latents(rows, draws, members[0])
         if self.kind == "images":
             return ImageBatch(x_0=x_w, cond=cond, samples=draws.samples)
-        return PairBatch(x_w=x_w, x_l=self._latents(rows, draws, "l"), cond=cond, samples=draws.samples)
+        score_w, score_l = self._scores(rows)
+        return PairBatch(
+            x_w=x_w,
+            x_l=self._latents(rows, draws, members[1]),
+            cond=cond,
+            samples=draws.samples,
+            score_w=score_w,
+            score_l=score_l,
+        )
 
-    def _latents(self, rows: Sequence[int], draws: SampleRng, member: Literal["w", "l"]) -> Float[Tensor, "b c h w"]:
+    @property
+    def _halves(self) -> bool:
+        """Whether an item is one image of a pair: winners at even places, losers at odd ones."""
+        return self.kind == "labelled" and (self.rows.marks is None or self.rows.marks.paired)
+
+    def _scores(self, rows: Sequence[int]) -> tuple[Float[Tensor, " b"] | None, Float[Tensor, " b"] | None]:
+        """Scores of winners and losers, if every row has them."""
+        if self.rows.marks is None:
+            return None, None
+        score = self.rows.marks.score[torch.tensor(rows)]
+        if not score.isfinite().all():
+            return None, None
+        first, second = score.unbind(1)
+        return (second, first) if self.swap else (first, second)
+
+    def _mixed(self, items: Sequence[int], rows: Sequence[int], draws: SampleRng) -> Float[Tensor, "b c h w"]:
+        """Single images, of pairs winners and losers side by side."""
+        if not self._halves:
+            return self._latents(rows, draws, "w")
+        members: tuple[Member, Member] = ("w", "l")
+        parts, places = [], []
+        for parity, member in enumerate(members):
+            mine = [i for i, item in enumerate(items) if item % 2 == parity]
+            if mine:
+                some = SampleRng(self.seed, tuple(draws.samples[i] for i in mine))
+                parts.append(self._latents([rows[i] for i in mine], some, member))
+                places += mine
+        return torch.cat(parts)[torch.tensor(places).argsort()]
+
+    def _latents(self, rows: Sequence[int], draws: SampleRng, member: Member) -> Float[Tensor, "b c h w"]:
         z, std = self.rows.latents(rows, draws.samples, member)
         if self.latents == "sample":
             z = z + std * draws.normal(z, f"posterior_{member}")
@@ -167,7 +263,7 @@ class Collator:
 
 
 class Order:
-    """Which row each sample of the stream is: a fresh permutation of the rows every epoch."""
+    """Which item each sample of the stream is: a fresh permutation of the items every epoch."""
 
     def __init__(self, length: int, seed: int) -> None:
         self.length = length
@@ -175,7 +271,7 @@ class Order:
         self._epoch = -1
         self._permutation: list[int] = []
 
-    def row(self, sample: int) -> int:
+    def item(self, sample: int) -> int:
         epoch, position = divmod(sample, self.length)
         if epoch != self._epoch:
             shuffle = rng.generator(self.seed, epoch, "order")
@@ -184,15 +280,34 @@ class Order:
         return self._permutation[position]
 
 
+class Drawn:
+    """Which item each sample of the stream is: a good one with probability `positive_ratio`, each as likely as others.
+
+    Draws are with replacement, as Diffusion-KTO's weighted sampler makes them (arXiv 2404.04465).
+    """
+
+    def __init__(self, good: Bool[Tensor, " n"], positive_ratio: float, seed: int) -> None:
+        self.good = good.nonzero().flatten().tolist()
+        self.bad = (~good).nonzero().flatten().tolist()
+        self.positive_ratio = positive_ratio
+        self.seed = seed
+
+    def item(self, sample: int) -> int:
+        draw = rng.generator(self.seed, sample, "item")
+        wanted = torch.rand((), generator=draw, dtype=torch.float64).item() < self.positive_ratio
+        some = self.good if wanted else self.bad
+        return int(some[int(torch.randint(len(some), (), generator=draw))])
+
+
 def stream(
     collator: Collator, *, batch_size: int, accumulate: int, share: Share, start_step: int = 0
 ) -> Iterator[Batch]:
-    """This process's micro-batches from optimizer step `start_step` on, without end; every row once an epoch."""
-    order = Order(len(collator.rows), collator.seed)
+    """This process's micro-batches from optimizer step `start_step` on, without end, in the collator's order."""
+    order = collator.order
     for micro in itertools.count(start_step * accumulate):
         first = (micro * share.of + share.mine) * batch_size
         samples = range(first, first + batch_size)
-        yield collator.batch([order.row(s) for s in samples], list(samples))
+        yield collator.batch([order.item(s) for s in samples], list(samples))
 
 
 def held_out(prompt: str, fraction: float) -> bool:

@@ -9,6 +9,7 @@ goes on.
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -124,6 +125,10 @@ class CacheTable:
     """(shard, place in shard) of every variant of the winner."""
     rejected: Int[Tensor, "n v 2"]
     """The same for the loser; -1 for unpaired data."""
+    score: Float[Tensor, "n 2"]
+    """Scores of winner and loser, NaN where the source has none."""
+    good: Bool[Tensor, " n"]
+    """Label of a single image; True for pairs."""
     prompt: Int[Tensor, " n"]
     """Place of the row's prompt in `prompts`."""
     number: Int[Tensor, " n"]
@@ -142,26 +147,29 @@ def read_table(folder: Path) -> CacheTable:
     Raises:
         InputError: There are no shards, since the source has no rows.
     """
-    chosen, rejected, prompt, number = [], [], [], []
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("chosen", "rejected", "number", "score", "good")}
+    prompt = []
     prompts: dict[str, int] = {"": 0}
     counts = Counts()
     for file in sorted(folder.glob("rows-*.safetensors")):
         meta = _recount(file, counts)
         with safe_open(file, framework="pt") as content:
-            chosen.append(content.get_tensor("chosen"))
-            rejected.append(content.get_tensor("rejected"))
-            number.append(content.get_tensor("number"))
+            for name, parts in columns.items():
+                parts.append(content.get_tensor(name))
         prompt += [prompts.setdefault(text, len(prompts)) for text in meta["prompts"]]
-    if not chosen:
+    if not columns["chosen"]:
         counts.check("data.path", final=True)
     return CacheTable(
-        chosen=torch.cat(chosen),
-        rejected=torch.cat(rejected),
+        **{name: torch.cat(parts) for name, parts in columns.items()},
         prompt=torch.tensor(prompt, dtype=torch.long),
-        number=torch.cat(number),
         prompts=list(prompts),
         counts=counts,
     )
+
+
+def scores_of(row: Row) -> tuple[float, float]:
+    """Scores of winner and loser, NaN where there is none."""
+    return math.nan if row.score_w is None else row.score_w, math.nan if row.score_l is None else row.score_l
 
 
 class CacheReader:
@@ -206,6 +214,8 @@ class _Shard:
         self.rejected: list[list[tuple[int, int]]] = []
         self.prompts: list[str] = []
         self.numbers: list[int] = []
+        self.scores: list[tuple[float, float]] = []
+        self.good: list[bool] = []
         self.counts = Counts()
         self.mean = self.std = torch.empty(0)
 
@@ -221,6 +231,8 @@ class _Shard:
                 self.rejected.append(pair[1] if len(pair) == 2 else [(-1, -1)] * self.prep.variants)
                 self.prompts.append(row.prompt)
                 self.numbers.append(row.number)
+                self.scores.append(scores_of(row))
+                self.good.append(row.good)
         self.counts.add(row)
         return row
 
@@ -237,6 +249,8 @@ class _Shard:
             "chosen": torch.tensor(self.chosen, dtype=torch.long).reshape(-1, self.prep.variants, 2),
             "rejected": torch.tensor(self.rejected, dtype=torch.long).reshape(-1, self.prep.variants, 2),
             "number": torch.tensor(self.numbers, dtype=torch.long),
+            "score": torch.tensor(self.scores, dtype=torch.float32).reshape(-1, 2),
+            "good": torch.tensor(self.good, dtype=torch.bool),
         }
         counts = {"rows": self.counts.rows, "dropped": self.counts.dropped, "broken": self.counts.broken}
         _save(file, tensors, {"prompts": self.prompts, "digests": self.digests, "counts": counts})

@@ -31,6 +31,8 @@ class Check:
     labelled: int = 0
     bytes: int = 0
     """Of all encoded images."""
+    gaps: list[float] = field(default_factory=list)
+    """Score of the winner minus score of the loser, of every row that has both."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Number of images by (width, height)."""
 
@@ -56,6 +58,8 @@ def check(reader: PairReader) -> Check:
                 prompts.add(row.prompt)
                 images.update(digests)
                 pairs.add(key)
+                if row.score_w is not None and row.score_l is not None:
+                    found.gaps.append(row.score_w - row.score_l)
             shown.advance()
     found.prompts, found.images = len(prompts), len(images)
     return found

@@ -2,45 +2,53 @@
 
 Layouts: `pickapic` (caption, jpg_0, jpg_1, label_0), `trl` (prompt, chosen, rejected), `unpaired` (prompt, image,
 label), each as parquet, as a `datasets` id, or as a folder with metadata.jsonl or metadata.csv whose image columns
-hold file names; and `folders` (win/ and lose/ with equal file names and .txt captions). Ties and unlabelled rows are
-dropped and counted.
+hold file names; and `folders` (win/ and lose/ with equal file names and .txt captions). Pairs may have scores of both
+images: score_0 and score_1, or score_chosen and score_rejected. Ties and unlabelled rows are dropped and counted.
 """
 
-import csv
 import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from diffalign.errors import InputError, near_match
+from diffalign.data.sources import (
+    FOLDERS,
+    IMAGES,
+    LAYOUTS,
+    SCORES,
+    Layout,
+    PairSource,
+    as_number,
+    find_layout,
+    open_source,
+)
+from diffalign.errors import InputError
 from diffalign.shipped import DATASETS, resolve
-
-Layout = Literal["pickapic", "trl", "unpaired", "folders"]
-
-LAYOUTS: dict[Layout, tuple[str, ...]] = {
-    "pickapic": ("caption", "jpg_0", "jpg_1", "label_0"),
-    "trl": ("prompt", "chosen", "rejected"),
-    "unpaired": ("prompt", "image", "label"),
-}
-"""Columns that make a layout; other columns are left alone."""
-
-_IMAGES = {"pickapic": ("jpg_0", "jpg_1"), "trl": ("chosen", "rejected"), "unpaired": ("image",)}
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One preference, or one image with a good label (then `rejected` is None). Images are encoded bytes."""
+    """One preference, or one labelled image (`chosen`, then `rejected` is None). Images are encoded bytes."""
 
     number: int
     """Place in the source, 0 first."""
     prompt: str
     chosen: bytes
     rejected: bytes | None
+    score_w: float | None = None
+    """Of the chosen image; None where the source has no finite one."""
+    score_l: float | None = None
+    good: bool = True
+    """Label of a single image; True for pairs."""
+
+    @property
+    def scored(self) -> bool:
+        return self.score_w is not None and self.score_l is not None
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Dropped:
     """A row that trains nothing, and why."""
 
     number: int
-    reason: Literal["tie", "unlabelled", "bad label", "broken"]
+    reason: Literal["tie", "unlabelled", "bad label", "broken", "unscored"]
     detail: str = ""
 
 
@@ -71,6 +79,12 @@ class Counts:
         if row.reason == "broken" and len(self.broken) < 20:
             self.broken.append(f"row {row.number}: {row.detail}")
 
+    def drop_kept(self, reason: str, number: int) -> None:
+        """Counts rows as dropped that had been counted as kept."""
+        if number:
+            self.kept -= number
+            self.dropped[reason] = self.dropped.get(reason, 0) + number
+
     def check(self, where: str, *, final: bool) -> None:
         """Stops when more than 1 % of the rows are broken, or, at the end, when nothing is left.
 
@@ -90,41 +104,27 @@ class Counts:
         raise InputError(f"{where} must have a row with a winner, got {self.rows} rows: {why}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairSource:
-    """Where preference data lies and how its columns are called."""
-
-    path: str
-    """Parquet file, folder, `datasets` id on the hub, or name of a shipped data set ("tiny-sd-pairs")."""
-    split: str = "train"
-    """Split of a `datasets` id."""
-    revision: str | None = None
-    """Branch, tag or commit of a `datasets` id."""
-    streaming: bool = False
-    """Read a `datasets` id while it downloads, instead of first downloading all of it."""
-    columns: Mapping[str, str] = field(default_factory=dict)
-    """Own names of the standard columns, such as `caption = "text"`."""
-    limit: int | None = None
-    """Read only the first rows."""
-
-    def __post_init__(self) -> None:
-        known = sorted({c for columns in LAYOUTS.values() for c in columns})
-        for name in self.columns:
-            if name not in known:
-                raise InputError(f"data.columns must rename standard columns, got {name!r}{near_match(name, known)}")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"data.limit must be at least 1, got {self.limit}")
-
-
 class PairReader:
     """An opened source: its layout, its columns, and its rows in order."""
 
-    def __init__(self, source: PairSource) -> None:
+    def __init__(self, source: PairSource, *, bad_images: bool = False) -> None:
+        """Opens a source; `bad_images` keeps single images with a bad label, which are dropped otherwise."""
         self.source = source
+        self.bad_images = bad_images
         self.path = resolve(source.path, DATASETS)
-        self.table, columns, self.root = _open(source, self.path)
+        self.table, columns, self.root = open_source(source, self.path)
         self.columns = tuple(columns)
-        self.layout = _layout(self.path, self.columns, source.columns) if self.root != _FOLDERS else "folders"
+        self.layout: Layout = (
+            "folders" if self.root == FOLDERS else find_layout(self.path, self.columns, source.columns)
+        )
+        absent = [c for c in SCORES.get(self.layout, ()) if self._own(c) not in self.columns]
+        self.scored = self.layout in SCORES and not absent
+        """Whether the columns of both images' scores are there."""
+        if renamed := [c for c in absent if c in source.columns]:
+            raise InputError(
+                f"data.columns must name columns that are there, got {renamed[0]} = {self._own(renamed[0])!r} with "
+                f"{', '.join(self.columns)}"
+            )
 
     def __len__(self) -> int:
         """Number of rows, where the source knows it.
@@ -139,10 +139,31 @@ class PairReader:
     def paired(self) -> bool:
         return self.layout != "unpaired"
 
-    def check_fits(self, kind: Literal["pairs", "images", "labelled"]) -> None:
-        """Raises InputError if a method takes pairs and there are none here."""
+    def check_fits(
+        self, kind: Literal["pairs", "images", "labelled"], *, scores: bool = False, swapped: bool = False
+    ) -> None:
+        """Checks the source against what a method takes.
+
+        Args:
+            scores: The method needs scores of both images.
+            swapped: Winners and losers are to change places.
+
+        Raises:
+            InputError: Pairs, scores or losers are asked for and there are none here.
+        """
         if kind == "pairs" and not self.paired:
             raise InputError("data.path must have pairs for this method, got unpaired images; method 'sft' takes those")
+        if scores and not self.scored:
+            names = " and ".join(SCORES.get(self.layout, SCORES["pickapic"]))
+            raise InputError(
+                f"data.path must have the columns {names} for this method, got {', '.join(self.columns) or 'none'}; "
+                "`diffalign data score` writes them"
+            )
+        if swapped and kind == "images" and not self.paired:
+            raise InputError(
+                "data.swap_labels must be false for this method with unpaired data, of which it takes the good images "
+                "alone, got true; change the labels in the data"
+            )
 
     def records(self, start: int = 0) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Raw records with their numbers, from `start` on; `row` makes rows of them."""
@@ -158,16 +179,45 @@ class PairReader:
 
     def row(self, number: int, record: Mapping[str, Any]) -> Row | Dropped:
         """One record of the source as a row."""
-        value = {name: record[self.source.columns.get(name, name)] for name in LAYOUTS.get(self.layout, ("prompt",))}
-        prompt = record["prompt"] if self.layout == "folders" else value["caption" if "caption" in value else "prompt"]
+        prompt = self.prompt(number, record)
+        try:
+            return self._labelled(number, prompt, self._cells(record))
+        except (OSError, TypeError) as error:
+            return Dropped(number, "broken", " ".join(str(error).split()))
+
+    def prompt(self, number: int, record: Mapping[str, Any]) -> str:
+        """The prompt of a record.
+
+        Raises:
+            InputError: It is not text.
+        """
+        prompt = record[self._own("caption" if self.layout == "pickapic" else "prompt")]
         if not isinstance(prompt, str):
             raise InputError(
                 f"data.path must have text prompts, got {type(prompt).__name__} {repr(prompt)[:40]} in row {number}"
             )
-        try:
-            return self._labelled(number, prompt, record if self.layout == "folders" else value)
-        except (OSError, TypeError) as error:
-            return Dropped(number, "broken", " ".join(str(error).split()))
+        return prompt
+
+    def images(self, record: Mapping[str, Any]) -> list[Any]:
+        """The image cells of a record in the order of their columns; `image` makes bytes of them."""
+        return [record.get(self._own(name)) for name in IMAGES[self.layout]]
+
+    def label(self, record: Mapping[str, Any]) -> float | None:
+        """1 where the first image of a pair wins, 0 where the second does, 0.5 for a tie, None without a label."""
+        if self.layout != "pickapic":
+            return 1.0
+        label = record[self._own("label_0")]
+        return float(label) if label in (0, 0.5, 1) else None
+
+    def _cells(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What a record has in the columns of its layout, under their standard names, scores included."""
+        names = LAYOUTS["trl" if self.layout == "folders" else self.layout]
+        scores = SCORES[self.layout] if self.scored else ()
+        return {name: record[self._own(name)] for name in names} | {s: record.get(self._own(s)) for s in scores}
+
+    def _own(self, name: str) -> str:
+        """What the source calls a standard column."""
+        return self.source.columns.get(name, name)
 
     def fingerprint(self) -> str:
         """Digest of what the source is: names and sizes of local files, or the hub id with its revision."""
@@ -186,21 +236,25 @@ class PairReader:
         if self.layout == "unpaired":
             if not isinstance(value["label"], (bool, int, float)) or value["label"] not in (0, 1):
                 return Dropped(number, "unlabelled")
-            if not value["label"]:
+            if not value["label"] and not self.bad_images:
                 return Dropped(number, "bad label")
-            return Row(number, prompt, self._bytes(value["image"]), None)
-        if self.layout != "pickapic":
-            return Row(number, prompt, self._bytes(value["chosen"]), self._bytes(value["rejected"]))
-        label = value["label_0"]
-        if label == 0.5:
+            return Row(number, prompt, self.image(value["image"]), None, good=bool(value["label"]))
+        if self.layout == "pickapic" and value["label_0"] == 0.5:
             return Dropped(number, "tie")
-        if label not in (0, 1):
+        if self.layout == "pickapic" and value["label_0"] not in (0, 1):
             return Dropped(number, "unlabelled")
-        first, second = self._bytes(value["jpg_0"]), self._bytes(value["jpg_1"])
-        return Row(number, prompt, first, second) if label == 1 else Row(number, prompt, second, first)
+        first, second = (self.image(value[name]) for name in IMAGES[self.layout])
+        score_0, score_1 = (_score(value[name]) for name in SCORES[self.layout]) if self.scored else (None, None)
+        if self.layout == "pickapic" and value["label_0"] == 0:
+            return Row(number, prompt, second, first, score_1, score_0)
+        return Row(number, prompt, first, second, score_0, score_1)
 
-    def _bytes(self, value: Any) -> bytes:
-        """Encoded bytes of an image cell: bytes, a file name, a `datasets` image, or a PIL image."""
+    def image(self, value: Any) -> bytes:
+        """Encoded bytes of an image cell: bytes, a file name, a `datasets` image, or a PIL image.
+
+        Raises:
+            OSError, TypeError: There is no image.
+        """
         if isinstance(value, bytes):
             return value
         if isinstance(value, str):
@@ -216,153 +270,12 @@ class PairReader:
         return out.getvalue()
 
 
-_FOLDERS = "folders:"
-
-
-def _open(source: PairSource, path: str) -> tuple[Any, Sequence[str], str]:
-    """(records, column names, folder that file names are relative to)."""
-    folder = Path(path)
-    if (folder / "win").is_dir() and (folder / "lose").is_dir():
-        return _win_lose(folder), (), _FOLDERS
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if (folder / name).is_file():
-            records = _metadata(folder / name)
-            return records, list(records[0]) if records else (), str(folder)
-    if folder.exists():
-        files = [str(folder)] if folder.is_file() else sorted(str(p) for p in folder.rglob("*.parquet"))
-        if not files or not all(f.endswith(".parquet") for f in files):
-            raise InputError(
-                f"data.path must be a parquet file, a folder of them, a folder with metadata.jsonl or metadata.csv, or "
-                f"one with win/ and lose/, got {path!r}"
-            )
-        return _parquet(files, path)
-    if path.count("/") > 1 or path.startswith(("/", ".")) or path.endswith(".parquet"):
-        raise InputError(f"data.path must exist, got {path!r}")
-    return _hub(source, path)
-
-
-def _parquet(files: list[str], path: str) -> tuple[Any, Sequence[str], str]:
-    table = ParquetRows(files, path)
-    return table, table.columns, str(Path(path).parent if Path(path).is_file() else path)
-
-
-class ParquetRows:
-    """Rows of parquet files, read in small groups; a row is a dict of plain Python values."""
-
-    def __init__(self, files: list[str], path: str) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            self.files = [pyarrow.parquet.ParquetFile(file) for file in files]
-        except (OSError, pyarrow.ArrowInvalid) as error:
-            raise InputError(f"data.path must be readable parquet, got {path!r}: {error}") from error
-        self.columns = self.files[0].schema_arrow.names
-
-    def __len__(self) -> int:
-        return sum(file.metadata.num_rows for file in self.files)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return next(self.skip(number))
-
-    def skip(self, start: int) -> Iterator[dict[str, Any]]:
-        """Rows from `start` on."""
-        for file in self.files:
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if start >= rows:
-                    start -= rows
-                    continue
-                for batch in file.iter_batches(batch_size=256, row_groups=[group]):
-                    skipped = min(start, batch.num_rows)
-                    start -= skipped
-                    yield from batch.slice(skipped).to_pylist()
-
-
-def _hub(source: PairSource, path: str) -> tuple[Any, Sequence[str], str]:
-    import datasets
-
-    try:
-        table = datasets.load_dataset(path, split=source.split, revision=source.revision, streaming=source.streaming)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"data.path must be a local path or a `datasets` id, got {path!r}: {reason}") from error
-    for name, feature in (table.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-    return table, table.column_names or list(next(iter(table))), "."
-
-
-def _metadata(file: Path) -> list[dict[str, Any]]:
-    """Records of a metadata file; columns that end in `_file_name` lose the ending, `file_name` is the image."""
-    with file.open(encoding="utf-8", newline="") as handle:
-        if file.suffix == ".csv":
-            records: list[dict[str, Any]] = list(csv.DictReader(handle))
-        else:
-            records = [_json_line(file, number, line) for number, line in enumerate(handle, 1) if line.strip()]
-    renamed = [{_plain(key): value for key, value in record.items()} for record in records]
-    if file.suffix == ".csv":
-        for record in renamed:
-            record.update({key: _number(record[key]) for key in ("label", "label_0") if key in record})
-    return renamed
-
-
-def _json_line(file: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} must hold one JSON object a line, got line {number}: {error}") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{file} must hold one JSON object a line, got {line.strip()[:60]!r} in line {number}")
-    return record
-
-
-def _plain(key: str) -> str:
-    return "image" if key == "file_name" else key.removesuffix("_file_name")
-
-
-def _number(text: str) -> float | None:
-    words = {"true": 1.0, "false": 0.0, "": None}
-    if text.strip().lower() in words:
-        return words[text.strip().lower()]
-    try:
-        return float(text)
-    except ValueError:
+def _score(value: Any) -> float | None:
+    """A finite number, also as text, or None."""
+    found = as_number(value) if isinstance(value, str) else value
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
         return None
-
-
-def _win_lose(folder: Path) -> list[dict[str, Any]]:
-    records = []
-    for win in sorted(p for p in (folder / "win").rglob("*") if p.suffix.lower() in _IMAGE_SUFFIXES):
-        name = win.relative_to(folder / "win")
-        lose = folder / "lose" / name
-        if not lose.is_file():
-            raise InputError(
-                f"data.path must have equal file names in win/ and lose/, got win/{name} without lose/{name}"
-            )
-        captions = [p for p in (win.with_suffix(".txt"), (folder / name).with_suffix(".txt")) if p.is_file()]
-        if not captions:
-            raise InputError(f"data.path must have a caption for every pair, got win/{name} without {name.stem}.txt")
-        prompt = captions[0].read_text(encoding="utf-8").strip()
-        records.append({"prompt": prompt, "chosen": {"path": str(win)}, "rejected": {"path": str(lose)}})
-    return records
-
-
-def _layout(path: str, columns: Sequence[str], renamed: Mapping[str, str]) -> Layout:
-    def missing(layout: Layout) -> list[str]:
-        return [c for c in LAYOUTS[layout] if renamed.get(c, c) not in columns]
-
-    for layout in LAYOUTS:
-        if not missing(layout):
-            return layout
-    if not columns:
-        raise InputError(f"data.path must have rows, got none in {path!r}")
-    nearest = min(LAYOUTS, key=lambda layout: len(missing(layout)) / len(LAYOUTS[layout]))
-    forms = "; ".join(", ".join(c) for c in LAYOUTS.values())
-    raise InputError(
-        f"data.path must have the columns of a known layout ({forms}), got {', '.join(columns)}; nearest is "
-        f"{nearest!r}, which misses {', '.join(missing(nearest))}; other names go into data.columns"
-    )
+    return float(found)
 
 
 def _ends(file: Path) -> bytes:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from diffalign.checkpoint import write_atomic
 from diffalign.data import cache
-from diffalign.data.batches import CachedRows, LatentScale, LiveRows, Rows, held_out
+from diffalign.data.batches import CachedRows, LatentScale, LiveRows, Marks, Rows, held_out
 from diffalign.data.cache import CacheReader, Share
 from diffalign.data.images import Preprocessing
-from diffalign.data.pairs import Counts, PairReader, Row
+from diffalign.data.pairs import Counts, Dropped, PairReader, Row
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
 from diffalign.models.load import ModelSource, load_net_config, load_pipeline, load_vae_config
@@ -89,11 +89,12 @@ def content_key(
     """Everything that the content of a cache depends on, by name."""
     random = prep.flip or prep.crop == "random"
     return {
-        "version": 1,
+        "version": 2,
         "vae": fingerprint(source.vae or source.path, source.revision, ("vae",)),
         "text": fingerprint(source.path, source.revision, family.text),
         "data": reader.fingerprint(),
         "limit": reader.source.limit,
+        "bad_images": reader.bad_images and not reader.paired,
         "resolution": prep.resolution,
         "crop": prep.crop,
         "flip": prep.flip,
@@ -199,15 +200,22 @@ def _undone_on_error(folder: Path, *, main: bool) -> Iterator[None]:
 
 
 def split_cached(
-    folder: Path, table: cache.CacheTable, fraction: float, limit: int, seed: int
+    folder: Path, table: cache.CacheTable, fraction: float, limit: int, seed: int, *, scored: bool = False
 ) -> tuple[Rows, Rows | None]:
-    """Training rows and at most `limit` held-out rows of a cache; no prompt is in both."""
+    """Training rows and at most `limit` held-out rows of a cache; no prompt is in both.
+
+    Args:
+        scored: Leave out rows that miss a score, and count them in the table's counts.
+    """
     held = torch.tensor([fraction > 0 and held_out(text, fraction) for text in table.prompts])[table.prompt]
+    fit = table.score.isfinite().all(1) if scored else torch.ones(len(table), dtype=torch.bool)
+    table.counts.drop_kept("unscored", int((~fit).sum()))
+    table.counts.check("data.path", final=True)
     reader = CacheReader(folder)
-    train = CachedRows(reader, table, (~held).nonzero().flatten(), seed)
+    train = CachedRows(reader, table, (fit & ~held).nonzero().flatten(), seed)
     if fraction == 0:
         return train, None
-    rest = CachedRows(reader, table, held.nonzero().flatten()[:limit], seed)
+    rest = CachedRows(reader, table, (fit & held).nonzero().flatten()[:limit], seed)
     return _checked(train, rest, fraction)
 
 
@@ -219,21 +227,37 @@ def split_live(
     limit: int,
     seed: int,
     batch_size: int,
+    *,
+    scored: bool = False,
 ) -> tuple[Rows, Rows | None, Counts]:
     """The same without a cache: rows are encoded when asked for."""
     counts = Counts()
-    train: list[int] = []
-    held: list[int] = []
+    numbers: list[int] = []
+    held: list[bool] = []
+    scores: list[tuple[float, float]] = []
+    good: list[bool] = []
     for row in reader.rows():
+        if isinstance(row, Row) and scored and not row.scored:
+            row = Dropped(row.number, "unscored")
         counts.add(row)
         if isinstance(row, Row):
-            (held if fraction > 0 and held_out(row.prompt, fraction) else train).append(row.number)
+            numbers.append(row.number)
+            held.append(fraction > 0 and held_out(row.prompt, fraction))
+            scores.append(cache.scores_of(row))
+            good.append(row.good)
     counts.check("data.path", final=True)
-    rows = LiveRows(reader, train, prep, encoders.images, encoders.prompts, seed, batch_size)
+    marks = Marks(score=torch.tensor(scores, dtype=torch.float32), good=torch.tensor(good), paired=reader.paired)
+
+    def rows(places: Tensor) -> LiveRows:
+        chosen = [numbers[i] for i in places.tolist()]
+        parts = (encoders.images, encoders.prompts)
+        return LiveRows(reader, chosen, prep, *parts, seed, batch_size, marks.rows(places))
+
+    apart = torch.tensor(held)
+    train = rows((~apart).nonzero().flatten())
     if fraction == 0:
-        return rows, None, counts
-    rest = LiveRows(reader, held[:limit], prep, encoders.images, encoders.prompts, seed, batch_size)
-    return *_checked(rows, rest, fraction), counts
+        return train, None, counts
+    return *_checked(train, rows(apart.nonzero().flatten()[:limit]), fraction), counts
 
 
 def _checked(train: Rows, held: Rows, fraction: float) -> tuple[Rows, Rows]:
