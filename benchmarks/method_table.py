@@ -14,12 +14,14 @@ import numpy as np
 
 from benchmarks import method_runs
 from benchmarks.method_measures import ERROR_PAIRS, JUDGES, LEVELS, PROMPTS, SAMPLER_STEPS
-from benchmarks.method_runs import BATCH, MODELS, STEPS, Cell, Row
+from benchmarks.method_runs import BATCH, STEPS, Cell, Row
 from diffalign.evaluate.comparison import measure
 from diffalign.evaluate.results import Measured
 from diffalign.tiny.build import GUIDANCE
 
 BEGIN, END = "<!-- table: made by make bench-methods, do not edit -->", "<!-- end of table -->"
+
+_COSTS = ("cpu_seconds", "seconds", "step_peak_bytes", "process_peak_bytes")
 
 Record = Mapping[str, Any]
 
@@ -44,11 +46,10 @@ def summary(row: Row, model: str, records: Sequence[Record], base: Record) -> di
         "beats_base": rewards["oracle"].ci_low > 0.5,
         "attributes": _mean([record["attributes"] for record in records]),
         "movement": _mean([record["movement"] for record in records]),
-        "pixel_distance": _mean([{"": record["pixel_distance"]} for record in records])[""],
+        "pixel_distance": float(np.mean([record["pixel_distance"] for record in records])),
         "diversity": _mean([record["diversity"] for record in records]),
         "evaluations_a_pair": _mean([record["cost"]["evaluations_a_pair"] for record in records]),
-        "seconds": _mean([{"": record["cost"]["seconds"]} for record in records])[""],
-        "step_peak_bytes": _mean([{"": record["cost"]["step_peak_bytes"]} for record in records])[""],
+        "cost": {key: float(np.mean([record["cost"][key] for record in records])) for key in _COSTS},
         "method": records[0]["described"]["config"]["method"],
         "lr": records[0]["described"]["config"]["optimizer"]["lr"],
         "tried": row.tried.get(model),
@@ -114,7 +115,8 @@ def between(page: str, text: str) -> str:
 
 def markdown(models: Mapping[str, Any], absent: Sequence[str]) -> str:
     """Tables of all models, with what they say."""
-    parts = [_HOW]
+    parts = [_HOW, "| column | what |\n|---|---|"]
+    parts[-1] += "".join(f"\n| {name} | {what} |" for name, what in _COLUMNS.items()) + "\n"
     for model, found in models.items():
         parts.append(f"## {model}\n")
         parts.append("| " + " | ".join(_COLUMNS) + " |\n" + "|---" * len(_COLUMNS) + "|")
@@ -136,12 +138,12 @@ def markdown(models: Mapping[str, Any], absent: Sequence[str]) -> str:
 
 def draw(models: Mapping[str, Any], file: Path) -> None:
     """Oracle win rates with their intervals, one panel a model."""
-    from matplotlib import rcParams
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     shown = {name: found["rows"] for name, found in models.items() if found["rows"]}
     height = 1.3 + 0.3 * max(len(rows) for rows in shown.values())
-    with _fonts(rcParams):
+    with rc_context({"font.size": 9}):
         figure = Figure(figsize=(1 + 4.6 * len(shown), height), layout="constrained")
         axes = figure.subplots(1, len(shown), squeeze=False, sharex=True)[0]
         for axis, (name, rows) in zip(axes, shown.items(), strict=True):
@@ -157,12 +159,6 @@ def draw(models: Mapping[str, Any], file: Path) -> None:
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.tick_params(length=0)
         figure.savefig(file, dpi=150, metadata={"Software": None})
-
-
-def _fonts(parameters: Any) -> Any:
-    from matplotlib import rc_context
-
-    return rc_context({**{key: parameters[key] for key in ("font.family",)}, "font.size": 9})
 
 
 def _dot(axis: Any, place: int, row: Mapping[str, Any]) -> None:
@@ -199,8 +195,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['diversity']['cosine_distance']:.3f} ({row['diversity']['vendi']:.1f})",
         with_gradient,
         without,
-        f"{row['seconds']:.0f}",
-        f"{row['step_peak_bytes'] / 1e6:.0f}",
+        f"{row['cost']['cpu_seconds']:.0f}",
+        f"{row['cost']['step_peak_bytes'] / 1e6:.0f}",
     ]
 
 
@@ -217,55 +213,50 @@ def _mean(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([table[key] for table in tables])) for key in tables[0]}
 
 
-_COLUMNS = (
-    "method",
-    "oracle win %",
-    "by training seed",
-    "tiny-clip win %",
-    "tiny-aesthetic win %",
-    "winner error",
-    "loser error",
-    "drift",
-    "pixels",
-    "diversity (Vendi)",
-    "passes with gradient",
-    "without",
-    "s",
-    "MB",
-)
+_COLUMNS = {
+    "method": "end of its config's name",
+    "oracle win %": "share of captions where the oracle scores the image above the base model's from the same noise, "
+    "ties half; pooled over training seeds, with a 95 % bootstrap interval over captions",
+    "by training seed": "lowest and highest oracle win rate of single runs (number of runs), which the interval "
+    "knows nothing of",
+    "tiny-clip win %": "the same by tiny-clip",
+    "tiny-aesthetic win %": "the same by tiny-aesthetic",
+    "winner error": f"error - base error on the winners of {ERROR_PAIRS} held-out pairs, {len(LEVELS)} noise levels; "
+    "below 0 the model fits them better than before",
+    "loser error": "the same on their losers, at the same noise",
+    "drift": "mean squared difference between the predictions of policy and base on the same images and noise",
+    "pixels": "mean absolute distance to the base model's image from the same noise, in shares of the range",
+    "diversity (Vendi)": "mean cosine distance between tiny-clip embeddings of two images (Vendi score: effective "
+    "number of different images)",
+    "passes with gradient": "images through the denoiser in training, for each pair; `p` are partial passes, which "
+    "leave the network early",
+    "without": "the same without gradient",
+    "s": "seconds of one CPU core for training, validations left out",
+    "MB": "peak of what torch allocates in an update",
+}
+"""Columns and what they say."""
 
 _HOW = f"""\
 ![oracle win rates with intervals](methods.png)
 
-Every run starts from the same base model and takes {STEPS} updates of {BATCH} pairs with its config's method settings and
-learning rate (`configs/tiny_*.toml`). Each model draws one image for each of {PROMPTS} held-out captions, none of which names only
-things that were trained on, in {SAMPLER_STEPS} deterministic steps with guidance {GUIDANCE:g}, from the base model's noise.
+Every run starts from the same base model and takes {STEPS} updates of {BATCH} pairs, with its config's method
+settings and learning rate (`configs/tiny_*.toml`). Each model draws one image for each of {PROMPTS} held-out captions,
+each with a combination of shape, colour and place that no training caption has, in {SAMPLER_STEPS} deterministic steps
+with guidance {GUIDANCE:g}, from the base model's noise.
 
-Roles: `oracle` is the taste that labelled the pairs; `tiny-clip` and `tiny-aesthetic` had no part in the labels or in training.
-A dot or a row is marked (✗, orange) where its 95 % interval does not lie above 50 %. Controls: `sft` sees the winners alone;
-`shuffled` is `diffusion_dpo` on labels drawn by lot, and must not win.
-
-| column | what |
-|---|---|
-| win % | share of captions where the score beats the base model's on the same noise, ties half; pooled over training seeds, 95 % bootstrap over captions; it says nothing of other training seeds, for which see the next column |
-| by training seed | lowest and highest oracle win rate of single runs (number of runs) |
-| winner, loser error | error - base error on {ERROR_PAIRS} held-out pairs at {len(LEVELS)} noise levels, winner and loser on one noise; below 0 the model fits such images better than before |
-| drift | mean squared difference between the predictions of policy and base on the same images and noise |
-| pixels | mean absolute distance to the base model's image of the same noise, in shares of the range |
-| diversity | mean cosine distance between the tiny-clip embeddings of two images (Vendi score: effective number of different images) |
-| passes | images that go through the denoiser in training for each pair, with gradient and without; `p` are partial passes, which leave the network early |
-| s, MB | training on one CPU core, validation left out; peak of what torch allocates in an update |
+Roles: `oracle` is the taste that labelled the pairs; `tiny-clip` and `tiny-aesthetic` had no part in the labels or in
+training. A row is marked (✗, orange) where its 95 % interval does not lie above 50 %. Controls: `sft` sees the winners
+alone; `shuffled` is `diffusion_dpo` on labels drawn by lot, and must not win.
 """
 
 _PAGE = f"""\
 # All methods on the tiny world
 
 `make bench-methods` trains every method on `tiny-sd` and `tiny-sd3` and writes this page, `docs/methods.png` and
-`benchmarks/methods.json`. Each finished run is a file under `benchmarks/methods/`; what is there is not run again unless its config
-has changed. `python -m benchmarks.methods --help` lists the options; `--table-only` makes the table alone.
+`benchmarks/methods.json`. Each finished run is a file under `benchmarks/methods/`; what is there is not run again
+unless its config has changed. `python -m benchmarks.methods --help` lists the options; `--table-only` makes the table
+alone. Notes outside the two markers stay.
 
 {BEGIN}
 {END}
 """
-
-assert set(MODELS) == {"tiny-sd", "tiny-sd3"}, "the page names the models"

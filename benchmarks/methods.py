@@ -120,7 +120,7 @@ def run_one(cell: Cell) -> None:
     for reward in record["scores"]:
         won = method_table.compared([record], base, reward)
         rates.append(f"{reward} {won.win_rate:.3f} ({won.ci_low:.3f} to {won.ci_high:.3f})")
-    seconds = f"{record['cost']['seconds']:.0f} s training, {record['seconds_in_all']:.0f} s in all"
+    seconds = f"{record['cost']['cpu_seconds']:.0f} CPU s training, {record['cpu_seconds_in_all']:.0f} CPU s in all"
     print(f"{', '.join(rates)}; {seconds}", flush=True)
 
 
