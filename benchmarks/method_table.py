@@ -23,6 +23,8 @@ BEGIN, END = "<!-- table: made by make bench-methods, do not edit -->", "<!-- en
 
 _COSTS = ("cpu_seconds", "seconds", "step_peak_bytes", "process_peak_bytes")
 
+_WINS, _OPEN, _CONTROL = "#2563a8", "#c2571a", "#8a8a8a"
+
 Record = Mapping[str, Any]
 
 
@@ -140,31 +142,36 @@ def draw(models: Mapping[str, Any], file: Path) -> None:
     """Oracle win rates with their intervals, one panel a model."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     shown = {name: found["rows"] for name, found in models.items() if found["rows"]}
-    height = 1.3 + 0.3 * max(len(rows) for rows in shown.values())
+    most = max(len(rows) for rows in shown.values())
     with rc_context({"font.size": 9}):
-        figure = Figure(figsize=(1 + 4.6 * len(shown), height), layout="constrained")
+        figure = Figure(figsize=(1 + 4.6 * len(shown), 1.6 + 0.3 * most), layout="constrained")
         axes = figure.subplots(1, len(shown), squeeze=False, sharex=True)[0]
         for axis, (name, rows) in zip(axes, shown.items(), strict=True):
             for place, row in enumerate(reversed(rows)):
                 _dot(axis, place, row)
-            axis.axvline(50, color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+            axis.axvline(50, color="#333333", linewidth=1, zorder=1)
             axis.set_yticks(range(len(rows)), [row["row"] for row in reversed(rows)])
-            axis.set_ylim(-0.6, len(rows) - 0.4)
+            axis.set_ylim(len(rows) - most - 0.6, len(rows) - 0.4)
             axis.set_title(name, loc="left", fontweight="bold")
             axis.set_xlabel("oracle win rate over base, % (95 % interval)")
             axis.grid(axis="x", color="#e6e6e6", linewidth=0.8)
             axis.set_axisbelow(True)
             axis.spines[["top", "right", "left"]].set_visible(False)
             axis.tick_params(length=0)
+        names = {_WINS: "interval above 50 %", _OPEN: "interval not above 50 %", _CONTROL: "control"}
+        handles = [Line2D([], [], color=colour, marker="o", linewidth=2, label=name) for colour, name in names.items()]
+        handles.append(Line2D([], [], color="#333333", marker="|", linewidth=0, label="one training seed"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(file, dpi=150, metadata={"Software": None})
 
 
 def _dot(axis: Any, place: int, row: Mapping[str, Any]) -> None:
     """One row of the plot: interval, pooled rate, and a small mark for each training seed."""
     oracle = row["rewards"]["oracle"]
-    colour = "#8a8a8a" if row["control"] else "#2563a8" if row["beats_base"] else "#c2571a"
+    colour = _CONTROL if row["control"] else _WINS if row["beats_base"] else _OPEN
     axis.plot([100 * oracle["ci_low"], 100 * oracle["ci_high"]], [place, place], color=colour, linewidth=2)
     axis.plot(100 * oracle["win_rate"], place, "o", color=colour, markersize=6)
     by_seed = [100 * rate for rate in row["oracle_win_rate_by_seed"]]
