@@ -47,7 +47,7 @@ format: install-dev
 bench: install-dev
 	$(BIN)/python -m benchmarks.step
 
-# about two hours on two cores; what is finished is kept, so it can be cut and started again
+# hours on two cores; what is finished is kept, so it can be cut and started again
 bench-methods: install-dev
 	$(BIN)/python -m benchmarks.methods
 

@@ -41,8 +41,8 @@ training: Any = importlib.import_module("diffalign.train")  # the package's own 
 
 STEPS = 150
 """Updates of every run."""
-BATCH = 16
-"""Pairs an update: 16 winners for a method that takes winners alone, 32 images for one that takes images singly."""
+BATCH = 32
+"""Pairs an update: 32 winners for a method that takes winners alone, 64 images for one that takes images singly."""
 HELD_OUT = 0.06
 """Share of the prompts that no method trains on; their first pairs are measured."""
 COIN = 0
