@@ -1,1 +1,1 @@
-"""What a step costs, against the plain loop of the published scripts: `make bench`."""
+"""What a step costs against the plain loop of published scripts (`make bench`); every method (`make bench-methods`)."""
