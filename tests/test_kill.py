@@ -86,8 +86,8 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 MOMENTS = {
-    "while the first images are encoded": ["cache", "_save", 1],
-    "while prompts are encoded": ["cache", "_save", 2],
+    "while the first images are encoded": ["cache", "save_shard", 1],
+    "while prompts are encoded": ["cache", "save_shard", 2],
     "in the first step, before any checkpoint": ["fit", "_backward", 1],
     "during a step": ["fit", "_backward", 5],
     "while a checkpoint's weights are written": ["checkpoint", "save_file", 4],

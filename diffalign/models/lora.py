@@ -95,15 +95,14 @@ def start_from_lora(pipeline: Any, net: Any, path: str, settings: LoraSettings) 
 
 
 def add_reference(net: Any) -> None:
-    """Adds a frozen copy of the trained adapter, where training did not start from a LoRA and has one already."""
+    """Adds a frozen copy of the trained adapter, in its precision; one that is there already is made equal to it."""
     from diffusers.training_utils import cast_training_params
 
-    if REFERENCE in net.peft_config:
-        return
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        net.add_adapter(net.peft_config[POLICY], adapter_name=REFERENCE)
+    if REFERENCE not in net.peft_config:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            net.add_adapter(net.peft_config[POLICY], adapter_name=REFERENCE)
     net.set_adapter(POLICY)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in trained)
