@@ -128,6 +128,9 @@ def rows_between(parts: Parts, start: int, stop: int) -> list[int]:
     return sorted({order.row(s) for s in range(start * global_batch_size, stop * global_batch_size)})
 
 
+_REMEDY = "start the run anew in another folder"
+
+
 class Pool:
     """The policies at the start of every round so far, trained parameters alone."""
 
@@ -137,7 +140,12 @@ class Pool:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each policy's file, by its number."""
-        return dict(json.loads(self.index.read_text())) if self.index.is_file() else {}
+        if not self.index.is_file():
+            return {}
+        try:
+            return dict(json.loads(self.index.read_text()))
+        except json.JSONDecodeError as error:
+            raise RunError(f"{self.index} must be as it was written, got no JSON ({error}); {_REMEDY}") from error
 
     def add(self, number: int, parameters: dict[str, torch.nn.Parameter]) -> None:
         """Writes a policy, unless it is there."""
@@ -155,16 +163,19 @@ class Pool:
             RunError: The pool is empty, or the policy is missing or damaged.
         """
         known, file = self.digests(), self._file(number)
-        remedy = "start the run anew in another folder"
         if not known:
-            raise RunError(f"{self.folder} must hold the policies of earlier rounds, got an empty pool; {remedy}")
+            raise RunError(f"{self.folder} must hold the policies of earlier rounds, got an empty pool; {_REMEDY}")
         if str(number) not in known or not file.is_file():
-            raise RunError(f"{self.folder} must hold the policies of earlier rounds, got none at {file.name}; {remedy}")
+            raise RunError(
+                f"{self.folder} must hold the policies of earlier rounds, got none at {file.name}; {_REMEDY}"
+            )
         if _sha256(file) != known[str(number)]:
-            raise RunError(f"{file} must be as it was written, got another SHA-256 than pool.json has; {remedy}")
+            raise RunError(f"{file} must be as it was written, got another SHA-256 than pool.json has; {_REMEDY}")
         weights = load_file(file)
         if {k: v.shape for k, v in weights.items()} != {k: p.shape for k, p in like.items()}:
-            raise RunError(f"{file} must hold the parameters that this run trains, got {len(weights)} others; {remedy}")
+            raise RunError(
+                f"{file} must hold the parameters that this run trains, got {len(weights)} others; {_REMEDY}"
+            )
         return weights
 
     def drop_from(self, number: int) -> None:
