@@ -34,7 +34,7 @@ from diffalign.models.save import trainable
 from diffalign.strict import changed_keys, to_toml
 from diffalign.types import Needs, RunningMean
 
-_FREE_TO_CHANGE = ("resume", "train.steps")
+_FREE_TO_CHANGE = ("resume", "train.steps", "rounds.count")
 """Keys that a resumed run may have changed."""
 
 
@@ -93,7 +93,7 @@ def assemble(cfg: TrainConfig) -> Parts:
     train_rows, held_rows, counts = prepare_rows(cfg, family, folder, share, accelerator)
     collator = Collator(
         rows=train_rows,
-        kind=cfg.method.needs.data,
+        kind=cfg.method.needs.batches,
         scale=vae_scale(cfg.model),
         seed=cfg.seed,
         prompt_dropout=cfg.data.prompt_dropout,
@@ -103,6 +103,7 @@ def assemble(cfg: TrainConfig) -> Parts:
     )
 
     check_batch(cfg, share.of)
+    check_prompts(cfg, train_rows)
 
     net = place_net(policy.net, cfg, accelerator, adapted=adapted)
     kind = reference_kind(cfg)
@@ -324,6 +325,15 @@ def check_batch(cfg: TrainConfig, processes: int) -> None:
         )
 
 
+def check_prompts(cfg: TrainConfig, rows: Rows) -> None:
+    """Raises InputError where a method samples an image for each prompt and there is no prompt in the data."""
+    if cfg.method.needs.replay is not None and all(not rows.prompt(row).strip() for row in range(len(rows))):
+        raise InputError(
+            f"data.path must have prompts for method {method_name(cfg.method)!r}, which samples an image for each; got "
+            f"{len(rows)} rows, all with blank ones"
+        )
+
+
 def state_of(parts: Parts, step: int, metrics_offset: int, rewards: RunningMean) -> disk.Checkpoint:
     """Everything that `restore` needs."""
     moves = parts.reference is not None and reference_kind(parts.cfg) == "ema"
@@ -353,7 +363,16 @@ def _check_resumable(folder: Path, cfg: TrainConfig, table: Mapping[str, Any]) -
             'set resume = "latest" to go on with it, or name another folder'
         )
     changed = [c for c in changed_keys(written, table) if not c.startswith(_FREE_TO_CHANGE)]
+    changed += _changed_rounds(written, cfg)
     if changed:
         raise InputError(
             f"config must be that of the run in {cfg.output!r} to resume it, but changed: {', '.join(changed)}"
         )
+
+
+def _changed_rounds(written: Mapping[str, Any], cfg: TrainConfig) -> list[str]:
+    """Steps and rounds may both grow, but a round must stay as long as it was."""
+    if cfg.rounds is None or "rounds" not in written:
+        return []
+    then, now = written["train"]["steps"] // written["rounds"]["count"], cfg.train.steps // cfg.rounds.count
+    return [] if then == now else [f"train.steps / rounds.count ({then} then, {now} now)"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffalign import losses
+from diffalign.data.selfsampled import RoundSettings
 from diffalign.data.sources import PairSource
 from diffalign.errors import InputError, near_match
 from diffalign.methods import METHODS
@@ -161,6 +162,8 @@ class TrainConfig:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     validation: ValidationSettings | None = None
     samples: SampleSettings | None = None
+    rounds: RoundSettings | None = None
+    """Where the method needs them: the losers of a round are sampled before it."""
     export: ExportSettings = field(default_factory=ExportSettings)
 
 
@@ -301,6 +304,35 @@ def _check_method(config: TrainConfig) -> None:
         )
 
 
+def _check_rounds(config: TrainConfig) -> None:
+    """Rounds where the method samples its own losers, and nowhere else."""
+    name, rounds = method_name(config.method), config.rounds
+    if config.method.needs.replay is None:
+        if rounds is not None:
+            raise InputError(
+                f"config.rounds must be left out with method {name!r}, which trains on the images of the data alone"
+            )
+        return
+    if rounds is None:
+        raise InputError(
+            f"config.rounds must be there with method {name!r}, whose losers are images of an earlier policy; set its "
+            "count, a divisor of train.steps"
+        )
+    if config.data.swap_labels:
+        raise InputError(
+            f"config.data.swap_labels must be false with method {name!r}, whose losers are its own samples"
+        )
+    if config.train.steps % rounds.count:
+        raise InputError(
+            f"config.train.steps must be a multiple of rounds.count, {rounds.count}, got {config.train.steps}"
+        )
+    if config.checkpoint.best not in (None, "err_w"):
+        raise InputError(
+            "config.checkpoint.best must be 'err_w' or left out with [rounds], where every other measure is against a "
+            f"reference and losers of one round; got {config.checkpoint.best!r}"
+        )
+
+
 def method_name(method: Method) -> str:
     """The name of a method in `METHODS`."""
     return next(name for name, cls in METHODS.items() if isinstance(method, cls))
@@ -309,6 +341,7 @@ def method_name(method: Method) -> str:
 def _check(config: TrainConfig) -> None:
     """Values that exclude each other, each with the reason."""
     _check_method(config)
+    _check_rounds(config)
     for name, value, least in (
         ("train.steps", config.train.steps, 1),
         ("train.batch_size", config.train.batch_size, 1),

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ TIME_FIELDS = ("seconds", "samples_per_second")
 
 
 class Logbook:
-    """metrics.jsonl, one JSON object a line: a training step, or a validation."""
+    """metrics.jsonl, one JSON object a line: a training step, a validation, or the start of a round."""
 
     def __init__(self, file: Path, accelerator: Any, start: int) -> None:
         """Opens the file, cut back to its first `start` bytes; only the main process writes."""
@@ -66,6 +67,11 @@ class Logbook:
                     self.first = Validation(metrics=entry["validation"], deciles=entry["deciles"])
                     break
         return self.first
+
+    def round(self, step: int, entry: Mapping[str, int | float]) -> None:
+        """Writes what a round began with, after `step` steps."""
+        self._write({"step": step, **entry})
+        self.accelerator.log({f"rounds/{k}": v for k, v in entry.items()}, step=step)
 
     def __enter__(self) -> "Logbook":
         return self

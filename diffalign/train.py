@@ -24,6 +24,7 @@ from diffalign.grids import save_grid
 from diffalign.logbook import Logbook
 from diffalign.models.save import export_full, export_lora
 from diffalign.progress import bar
+from diffalign.rounds import Phase, phases
 from diffalign.types import RunningMean
 from diffalign.validation import better, check_measure, movement, validate
 
@@ -56,55 +57,64 @@ def run(cfg: TrainConfig) -> RunResult:
 
 
 def train(parts: Parts, book: Logbook) -> None:
-    """The steps of a run, with all that goes on between them."""
+    """The phases of a run, one where it has no rounds."""
+    rewards = parts.rewards
+    set_lr(parts, parts.start)
+    for phase in phases(parts, book):
+        rewards = take_steps(parts, phase, book, rewards)
+
+
+def take_steps(parts: Parts, phase: Phase, book: Logbook, rewards: RunningMean) -> RunningMean:
+    """The steps of a phase, with all that goes on between them; returns the running mean of implicit rewards."""
     cfg, t = parts.cfg, parts.cfg.train
     batches = stream(
-        parts.collator, batch_size=t.batch_size, accumulate=t.accumulate, share=parts.share, start_step=parts.start
+        phase.collator, batch_size=t.batch_size, accumulate=t.accumulate, share=parts.share, start_step=phase.start
     )
-    if parts.start == 0:
-        look(parts, book, 0, parts.rewards)
-    set_lr(parts, parts.start)
+    if phase.start == 0:
+        look(parts, phase, book, 0, rewards)
     main = parts.accelerator.is_main_process
-    with kept_aside(parts), bar("training", t.steps, shown=main, done=parts.start) as shown:
+    with kept_aside(parts), bar("training", t.steps, shown=main, done=phase.start) as shown:
         for report in fit(
             parts.policy,
-            None if parts.reference is None else parts.reference.denoiser,
+            phase.reference,
             cfg.method,
             batches,
             parts.optimizer,
-            steps=t.steps,
+            steps=phase.stop,
             accumulate=t.accumulate,
             max_grad_norm=t.max_grad_norm,
             seed=cfg.seed,
-            start=parts.start,
+            start=phase.start,
             accelerator=parts.accelerator,
-            rewards=parts.rewards,
+            rewards=rewards,
         ):
+            rewards = report.rewards
             follow(parts)
             if parts.ema is not None:
                 parts.ema.step(parts.parameters.values())
             if report.step % t.log_every == 0 or report.step == t.steps:
                 book.step(report, parts.optimizer.param_groups[0]["lr"])
             set_lr(parts, report.step)
-            improved = look(parts, book, report.step, report.rewards)
-            if improved or report.step % cfg.checkpoint.every == 0 or report.step == t.steps:
-                save(parts, book, report.step, report.rewards)
+            improved = look(parts, phase, book, report.step, rewards)
+            if improved or report.step % cfg.checkpoint.every == 0 or report.step == phase.stop:
+                save(parts, book, report.step, rewards)
             shown.advance(note=note(report))
+    return rewards
 
 
-def look(parts: Parts, book: Logbook, step: int, rewards: RunningMean) -> bool:
+def look(parts: Parts, phase: Phase, book: Logbook, step: int, rewards: RunningMean) -> bool:
     """Pictures and held-out pairs at the steps that have them; True where the chosen measure was beaten."""
     cfg = parts.cfg
     if cfg.samples is not None and step % cfg.samples.every == 0 and parts.accelerator.is_main_process:
         with exported_weights(parts):
             save_grid(parts.folder / "samples", step, cfg.model, parts.family, parts.net, cfg.samples)
-    if cfg.validation is None or parts.held is None or step % cfg.validation.every:
+    if cfg.validation is None or phase.held is None or step % cfg.validation.every:
         return False
     result = validate(
         parts.policy,
-        None if parts.reference is None else parts.reference.denoiser,
+        phase.reference,
         cfg.method,
-        parts.held,
+        phase.held,
         batch_size=cfg.train.batch_size,
         share=parts.share,
         accelerator=parts.accelerator,

@@ -152,6 +152,9 @@ class StepLoss:
 ReferenceKind = Literal["none", "start", "ema", "pool"]
 """No reference; the policy as it started; a moving average of the policy; an earlier checkpoint of it."""
 
+Replay = Literal["uniform", "last", "first"]
+"""Which of the policies before a round is its reference."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
@@ -167,6 +170,13 @@ class Needs:
     """The reference is run in part, with gradient, on differences that only float32 resolves."""
     batch_statistics: bool = False
     """A mean over the micro-batch of all processes enters the loss, so that needs two samples or more."""
+    replay: Replay | None = None
+    """Training goes in rounds: the loser is an image that the round's reference samples for the winner's prompt."""
+
+    @property
+    def batches(self) -> Literal["pairs", "images", "labelled"]:
+        """What the method is called with: the data's own kind, or winners that rounds have joined to losers."""
+        return self.data if self.replay is None else "pairs"
 
 
 @runtime_checkable

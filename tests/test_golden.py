@@ -26,6 +26,8 @@ OPTIONS = {
     "diffusion_kto": {"beta": 10.0},
     "dmpo": {"beta": 10.0},
     "linear_dpo": {"beta": 10.0},
+    "seppo": {"beta": 10.0},
+    "spin": {"beta": 10.0},
 }
 """beta in the thousands would magnify the last digits, which differ between processors."""
 
@@ -36,7 +38,7 @@ def run(name: str) -> dict[str, list[float]]:
     losses = {}
     for prediction in PREDICTIONS:
         policy = toy(prediction)
-        make = pairs if method.needs.data == "pairs" else images
+        make = pairs if method.needs.batches == "pairs" else images
         batches = (make(8, seed=i) for i in count())
         optimizer = torch.optim.AdamW(policy.net.parameters(), lr=1e-4)
         reports = fit(policy, toy(prediction), method, batches, optimizer, steps=20, max_grad_norm=1.0)

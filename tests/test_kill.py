@@ -44,7 +44,7 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 import diffalign
-from diffalign import checkpoint, fit
+from diffalign import checkpoint, fit, rounds
 from diffalign.data import cache
 
 table, moment = json.loads(sys.argv[1]), json.loads(sys.argv[2])
@@ -63,7 +63,8 @@ def dying(owner, name, nth):
 
 if moment:
     owner, name, nth = moment
-    dying({"checkpoint": checkpoint, "cache": cache, "fit": fit}[owner], name, nth)
+    owners = {"checkpoint": checkpoint, "cache": cache, "fit": fit, "rounds": rounds, "sampler": rounds.Sampler}
+    dying(owners[owner], name, nth)
 diffalign.train(table)
 """
 
@@ -86,8 +87,8 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 MOMENTS = {
-    "while the first images are encoded": ["cache", "_save", 1],
-    "while prompts are encoded": ["cache", "_save", 2],
+    "while the first images are encoded": ["cache", "save_shard", 1],
+    "while prompts are encoded": ["cache", "save_shard", 2],
     "in the first step, before any checkpoint": ["fit", "_backward", 1],
     "during a step": ["fit", "_backward", 5],
     "while a checkpoint's weights are written": ["checkpoint", "save_file", 4],
@@ -103,6 +104,45 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world, whole, tmp_path, moment,
     assert run(killed, MOMENTS[moment]) == -signal.SIGKILL
     assert run({**killed, "resume": "latest"}, None) == 0
     compare(whole[trainable], tmp_path / "run")
+
+
+def in_rounds(world: Path, output: Path, trainable: str) -> dict:
+    """The same run in two rounds; one part of images is 16 batches of one."""
+    found = table(world, output, trainable)
+    found["method"] = {"name": "seppo", "beta": 100.0}
+    found["rounds"] = {"count": 2, "steps": 2, "guidance": 2.0, "batch_size": 1}
+    found["checkpoint"]["best"] = "err_w"
+    return found
+
+
+ROUND_MOMENTS = {
+    "while the first policy is written": ["rounds", "save_shard", 1],
+    "while images are sampled": ["sampler", "moments", 3],
+    "while images are written": ["rounds", "save_shard", 2],
+    "between the second policy and its place in the pool": ["rounds", "_sha256", 3],
+    "between the second policy and its images": ["rounds", "sample", 2],
+    "while the second images are sampled": ["sampler", "moments", 22],
+    "in the second round": ["fit", "_backward", 6],
+}
+
+
+@pytest.fixture(scope="module")
+def whole_rounds(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("rounds")
+    for trainable in ("lora", "full"):
+        assert run(in_rounds(world, root / trainable, trainable), None) == 0
+    return {trainable: root / trainable for trainable in ("lora", "full")}
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("moment", ROUND_MOMENTS)
+def test_a_run_in_rounds_killed_in_any_phase_ends_as_if_it_had_not_been(
+    world, whole_rounds, tmp_path, moment, trainable
+):
+    killed = in_rounds(world, tmp_path / "run", trainable)
+    assert run(killed, ROUND_MOMENTS[moment]) == -signal.SIGKILL
+    assert run({**killed, "resume": "latest"}, None) == 0
+    compare(whole_rounds[trainable], tmp_path / "run")
 
 
 @pytest.mark.parametrize("trainable", ["lora", "full"])

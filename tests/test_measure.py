@@ -186,7 +186,7 @@ def test_displaced_pairs_are_those_that_win_while_their_winner_gets_worse():
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_are_per_sample_and_metrics_carry_no_gradient(name):
     method = METHODS[name]()
-    batch = pairs() if method.needs.data == "pairs" else images()
+    batch = pairs() if method.needs.batches == "pairs" else images()
     policy = toy()
     out = method(policy, toy(seed=1) if method.needs.references != ("none",) else None, batch, RNG)
     assert out.loss.shape == (4,)

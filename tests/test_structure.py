@@ -20,6 +20,7 @@ LAYERS = [
     ("evaluate", "fit", "validation", "logbook"),
     ("config",),
     ("card", "grids", "assemble"),
+    ("rounds",),
     ("train",),
     ("api",),
     ("cli", "cli_data", "tiny makers"),

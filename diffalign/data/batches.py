@@ -73,6 +73,8 @@ class Rows(Protocol):
 
     def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond: ...
 
+    def prompt(self, row: int) -> str: ...
+
 
 class CachedRows:
     """Rows out of a finished cache."""
@@ -104,6 +106,9 @@ class CachedRows:
     def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond:
         prompt = self.table.prompt[self.rows[torch.tensor(rows)]]
         return self.reader.cond(torch.where(torch.tensor(dropped), 0, prompt))
+
+    def prompt(self, row: int) -> str:
+        return self.table.prompts[int(self.table.prompt[self.rows[row]])]
 
 
 class LiveRows:
@@ -154,6 +159,9 @@ class LiveRows:
     def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond:
         texts = ["" if drop else self._row(row).prompt for row, drop in zip(rows, dropped, strict=True)]
         return self.prompts(texts)
+
+    def prompt(self, row: int) -> str:
+        return self._row(row).prompt
 
     def _row(self, row: int) -> Row:
         number = self.numbers[row]

@@ -113,7 +113,7 @@ def write_text(
         if number % share.of == share.mine and not file.is_file():
             conds = [encode(part[i : i + batch_size]) for i in range(0, len(part), batch_size)]
             names = conds[0].tensors
-            _save(file, {name: torch.cat([c[name].cpu() for c in conds]) for name in names}, {})
+            save_shard(file, {name: torch.cat([c[name].cpu() for c in conds]) for name in names}, {})
         yield len(part)
 
 
@@ -253,7 +253,7 @@ class _Shard:
             "good": torch.tensor(self.good, dtype=torch.bool),
         }
         counts = {"rows": self.counts.rows, "dropped": self.counts.dropped, "broken": self.counts.broken}
-        _save(file, tensors, {"prompts": self.prompts, "digests": self.digests, "counts": counts})
+        save_shard(file, tensors, {"prompts": self.prompts, "digests": self.digests, "counts": counts})
 
     def _variants(self, data: bytes, row: Row) -> list[tuple[int, int]]:
         image = None
@@ -294,7 +294,8 @@ def _recount(file: Path, counts: Counts) -> dict[str, Any]:
     return meta
 
 
-def _save(file: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+def save_shard(file: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Writes tensors, with JSON values beside them, under another name first: a file is whole or not there."""
     fresh = file.with_name(f".{file.name}.tmp")
     save_file(
         {name: t.contiguous() for name, t in tensors.items()},

@@ -56,7 +56,7 @@ def read_training(run: Path) -> Training | None:
     """The training of a run's folder; None where there is no metrics.jsonl, or nothing in it."""
     file = run / "metrics.jsonl"
     entries = [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
-    steps = [e for e in entries if "validation" not in e]
+    steps = [e for e in entries if "loss" in e]
     held = [{"step": e["step"], **e["validation"]} for e in entries if "validation" in e]
     if not steps:
         return None

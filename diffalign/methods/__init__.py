@@ -9,7 +9,9 @@ from diffalign.methods.mapo import MaPO
 from diffalign.methods.ncp_cpo import NCPCPO
 from diffalign.methods.ncp_dpo import NCPDPO
 from diffalign.methods.ncp_sft import NCPSFT
+from diffalign.methods.seppo import SePPO
 from diffalign.methods.sft import SFT
+from diffalign.methods.spin import SPINDiffusion
 
 METHODS: dict[str, type] = {
     "cpo": CPO,
@@ -22,4 +24,6 @@ METHODS: dict[str, type] = {
     "ncp_dpo": NCPDPO,
     "ncp_sft": NCPSFT,
     "sft": SFT,
+    "seppo": SePPO,
+    "spin": SPINDiffusion,
 }

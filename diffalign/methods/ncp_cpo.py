@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from diffalign import losses
 from diffalign.errors import InputError
 from diffalign.losses import Link
-from diffalign.methods.measure import ScoreUse, pair_step
+from diffalign.methods.measure import Safeguard, ScoreUse, pair_step
 from diffalign.methods.perception import Perception, check_both, perceptual_errors
 from diffalign.rng import SampleRng
 from diffalign.types import ALONE, Denoiser, Encoder, Needs, PairBatch, Shared, StepLoss
@@ -31,6 +31,8 @@ class NCPCPO:
     """Where predictions are looked at, and what of the encoder counts."""
     both: float | None = None
     """Weight c of perceptual errors beside denoising errors, err + c PL; None is PL alone. Authors' `both`: 1."""
+    safeguard: Safeguard | None = None
+    """Keeps the winner from getting worse, in the encoder's eyes (Diffusion-SDPO on features; ours)."""
     scores: ScoreUse | None = None
     """Soft labels or margins from the data's score columns."""
 
@@ -56,7 +58,14 @@ class NCPCPO:
         self, policy: Denoiser, reference: Encoder, batch: PairBatch, rng: SampleRng, shared: Shared = ALONE
     ) -> StepLoss:
         e, latent = perceptual_errors(
-            policy, reference, batch, rng, perception=self.perception, both=self.both, compare=False
+            policy,
+            reference,
+            batch,
+            rng,
+            perception=self.perception,
+            both=self.both,
+            compare=False,
+            safeguard=self.safeguard,
         )
         implicit_w = 0.5 * self.beta * e.gain_w
         implicit_l = 0.5 * self.beta * e.gain_l

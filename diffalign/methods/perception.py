@@ -15,7 +15,7 @@ from torch import Tensor
 from diffalign import losses, paths
 from diffalign.denoisers.features import join_levels
 from diffalign.errors import InputError
-from diffalign.methods.measure import ImageErrors, PairErrors, errors_between, reference_prediction
+from diffalign.methods.measure import ImageErrors, PairErrors, Safeguard, errors_between, reference_prediction
 from diffalign.paths import DDPMPath, FlowPath, NoisePath
 from diffalign.rng import SampleRng
 from diffalign.sampling.transitions import ddpm_step
@@ -182,6 +182,7 @@ def perceptual_errors(
     perception: Perception,
     both: float | None = None,
     compare: bool = True,
+    safeguard: Safeguard | None = None,
 ) -> tuple[PairErrors, PairErrors]:
     """What the loss is made of, and the denoising errors under their usual names with the perceptual ones beside them.
 
@@ -190,17 +191,23 @@ def perceptual_errors(
     Args:
         both: Weight of the perceptual errors beside the denoising errors; None is perceptual errors alone.
         compare: Measure the reference's errors too.
+        safeguard: Scales the gradient of the loser's error, by residuals in features; with `both` that of its denoising
+            error too, by residuals in latents.
     """
     at = draw(policy.path, batch.x_w, rng, perception)
     x_0 = torch.cat([batch.x_w, batch.x_l])  # [2B, C, H, W]
     s = look(policy, reference, x_0, batch.cond.repeat(2), at.repeat(2), perception=perception, compare=compare)
     level, one = policy.path.noise_level(at.t).float(), torch.ones(len(x_0), device=x_0.device)
-    latent = errors_between(s.pred, s.target, s.pred_ref, noise_level=level, factor=one)
-    felt = errors_between(s.seen, s.seen_target, s.seen_ref, noise_level=level, factor=one)
+    latent = errors_between(
+        s.pred, s.target, s.pred_ref, noise_level=level, factor=one, safeguard=None if both is None else safeguard
+    )
+    felt = errors_between(s.seen, s.seen_target, s.seen_ref, noise_level=level, factor=one, safeguard=safeguard)
     named = {"err_w": felt.err_w, "err_l": felt.err_l, "err_ref_w": felt.err_ref_w, "err_ref_l": felt.err_ref_l}
     if compare:
         named |= {"winner_gain": felt.gain_w, "loser_gain": felt.gain_l}
     metrics = {f"perceptual/{name}": value.detach() for name, value in named.items() if value is not None}
+    if safeguard is not None:
+        metrics["lambda_safe"] = felt.metrics["lambda_safe"]
     return _mixed(latent, felt, both), replace(latent, metrics=latent.metrics | metrics)
 
 

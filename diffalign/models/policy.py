@@ -1,7 +1,8 @@
 """The two models of an alignment run: the policy that is trained and the reference that it is measured against."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffalign.models.lora import (
     add_reference,
     reference_parameters,
     start_from_lora,
+    switched,
 )
 from diffalign.paths import TimestepSampling
 from diffalign.types import Denoiser
@@ -46,8 +48,19 @@ class Reference:
     """What the policy is measured against, and the weights of it that may move."""
 
     denoiser: Denoiser
+    net: Any
+    """The network that it runs: the policy's own, or the frozen copy."""
+    layers: tuple[Any, ...] = ()
+    """Adapted layers of `net`, which are switched to `adapter` where the reference lives in the policy's network."""
+    adapter: str | None = None
     parameters: dict[str, torch.nn.Parameter]
     """By the names of the trained parameters; empty for a reference that stays as it is."""
+
+    @contextmanager
+    def network(self) -> Iterator[Any]:
+        """Inside, the network as the reference, for a pipeline to sample with."""
+        with torch.no_grad(), switched(self.layers, self.adapter):
+            yield self.net
 
     def follow(self, trained: Mapping[str, torch.nn.Parameter], *, decay: float) -> None:
         """One step of the moving average: reference <- decay reference + (1 - decay) policy."""
@@ -68,9 +81,13 @@ def make_reference(policy: Any, *, adapted: bool, moves: bool = False) -> Refere
         if moves:
             add_reference(policy.net)
         parameters = reference_parameters(policy.net) if moves else {}
-        return Reference(denoiser=adapter_reference(policy, policy.net), parameters=parameters)
+        inside = adapter_reference(policy, policy.net)
+        return Reference(
+            denoiser=inside, net=policy.net, layers=inside.layers, adapter=inside.adapter, parameters=parameters
+        )
     frozen = copy.deepcopy(policy.net).requires_grad_(False)
-    return Reference(denoiser=replace(policy, net=frozen), parameters=dict(frozen.named_parameters()) if moves else {})
+    parameters = dict(frozen.named_parameters()) if moves else {}
+    return Reference(denoiser=replace(policy, net=frozen), net=frozen, parameters=parameters)
 
 
 def cast_frozen(net: torch.nn.Module, dtype: torch.dtype) -> None:
