@@ -9,8 +9,6 @@ policies/policy-N.safetensors and pool.json, their digests; round-K/part-N.safet
 Everything is written whole or not at all and made from (config, seed) alone, so a killed run makes what is missing.
 """
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,12 +17,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign import rng
 from diffalign.assemble import Parts
-from diffalign.checkpoint import enough_room, restore_, write_atomic
+from diffalign.checkpoint import enough_room, restore_
 from diffalign.data.batches import Collator, Order
 from diffalign.data.cache import save_shard
 from diffalign.data.selfsampled import Images, RoundSettings, SelfSampled, Split
@@ -32,6 +29,7 @@ from diffalign.errors import RunError
 from diffalign.logbook import Logbook
 from diffalign.models.load import load_pipeline
 from diffalign.models.policy import Reference
+from diffalign.pool import Pool
 from diffalign.progress import bar
 from diffalign.types import Denoiser, Replay
 
@@ -151,72 +149,6 @@ def rows_between(parts: Parts, start: int, stop: int) -> list[int]:
     return sorted({order.row(s) for s in range(start * global_batch_size, stop * global_batch_size)})
 
 
-_REMEDY = "start the run anew in another folder"
-
-
-class Pool:
-    """The policies at the start of every round so far, trained parameters alone."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.index = folder / "pool.json"
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of each policy's file, by its number."""
-        if not self.index.is_file():
-            return {}
-        try:
-            return dict(json.loads(self.index.read_text()))
-        except json.JSONDecodeError as error:
-            raise RunError(f"{self.index} must be as it was written, got no JSON ({error}); {_REMEDY}") from error
-
-    def add(self, number: int, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """Writes a policy, unless it is there."""
-        known = self.digests()
-        if str(number) in known and self._file(number).is_file():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_shard(self._file(number), {k: p.detach().cpu() for k, p in parameters.items()}, {})
-        self._write({**known, str(number): _sha256(self._file(number))})
-
-    def policy(self, number: int, like: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-        """A policy's weights, with the names and shapes of `like`.
-
-        Raises:
-            RunError: The pool is empty, or the policy is missing or damaged.
-        """
-        known, file = self.digests(), self._file(number)
-        if not known:
-            raise RunError(f"{self.folder} must hold the policies of earlier rounds, got an empty pool; {_REMEDY}")
-        if str(number) not in known or not file.is_file():
-            raise RunError(
-                f"{self.folder} must hold the policies of earlier rounds, got none at {file.name}; {_REMEDY}"
-            )
-        if _sha256(file) != known[str(number)]:
-            raise RunError(f"{file} must be as it was written, got another SHA-256 than pool.json has; {_REMEDY}")
-        weights = load_file(file)
-        if {k: v.shape for k, v in weights.items()} != {k: p.shape for k, p in like.items()}:
-            raise RunError(
-                f"{file} must hold the parameters that this run trains, got {len(weights)} others; {_REMEDY}"
-            )
-        return weights
-
-    def drop_from(self, number: int) -> None:
-        """Removes the policies from `number` on: of rounds that a run from an older checkpoint makes anew."""
-        known = self.digests()
-        stale = [n for n in known if int(n) >= number]
-        if stale:
-            self._write({n: digest for n, digest in known.items() if n not in stale})
-        for n in stale:
-            self._file(int(n)).unlink(missing_ok=True)
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"policy-{number}.safetensors"
-
-    def _write(self, digests: dict[str, str]) -> None:
-        write_atomic(self.index, json.dumps(digests, indent=1))
-
-
 def _clear(this: Round, pool: Pool) -> None:
     """Removes what the round must not see: images of other rounds, policies of later ones."""
     for place in this.folder.parent.glob("round-*"):
@@ -305,8 +237,3 @@ class Sampler:
 
 def _joined(collator: Collator, images: Images) -> Collator:
     return replace(collator, rows=SelfSampled(rows=collator.rows, images=images))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
