@@ -3,10 +3,13 @@
 checkpoints/step-N/ holds weights, optimizer, ema and reference (if kept; .safetensors) and state.json.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffalign.errors import RunError
 from diffalign.models.save import replacing
 
 _STEP = re.compile(r"step-(\d+)")
@@ -93,6 +97,20 @@ def drop_after(root: Path, step: int) -> None:
             shutil.rmtree(folder)
     for leftover in [*root.glob(".step-*.tmp"), *root.glob(".step-*.old")]:
         shutil.rmtree(leftover)
+
+
+@contextmanager
+def enough_room(place: Path, root: Path) -> Iterator[None]:
+    """A full disk at `place` ends the run with one line, which says what is whole among the checkpoints in `root`."""
+    try:
+        yield
+    except Exception as error:  # safetensors has its own class for what the system refuses
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and "No space left" not in str(error):
+            raise
+        last = max(checkpoints(root), default=None)
+        kept = "no checkpoint was written yet" if last is None else f"the last whole checkpoint is step-{last}"
+        raise RunError(f"{place} could not be written, the disk is full; {kept}") from error
 
 
 def write_atomic(file: Path, text: str) -> None:

@@ -9,28 +9,27 @@ policies/policy-N.safetensors and pool.json, their digests; round-K/part-N.safet
 Everything is written whole or not at all and made from (config, seed) alone, so a killed run makes what is missing.
 """
 
-import hashlib
-import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign import rng
 from diffalign.assemble import Parts
-from diffalign.checkpoint import restore_, write_atomic
-from diffalign.data.batches import Collator, LatentScale
+from diffalign.checkpoint import enough_room, restore_
+from diffalign.data.batches import Collator
 from diffalign.data.cache import save_shard
-from diffalign.data.selfsampled import Images, SelfSampled, Split
+from diffalign.data.selfsampled import Images, RoundSettings, SelfSampled, Split
 from diffalign.errors import RunError
 from diffalign.logbook import Logbook
 from diffalign.models.load import load_pipeline
+from diffalign.models.policy import Reference
+from diffalign.pool import Pool
 from diffalign.progress import bar
 from diffalign.types import Denoiser, Replay
 
@@ -51,62 +50,84 @@ class Phase:
     """Steps taken at its end."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of a run, 1 first."""
+
+    parts: Parts
+    settings: RoundSettings
+    reference: Reference
+    number: int
+    length: int
+    """Optimizer steps."""
+
+    @property
+    def first(self) -> int:
+        """Steps taken before the round."""
+        return (self.number - 1) * self.length
+
+    @property
+    def start(self) -> int:
+        """Steps taken before what is left of it."""
+        return max(self.first, self.parts.start)
+
+    @property
+    def folder(self) -> Path:
+        """Where its images are."""
+        return self.parts.folder / "rounds" / f"round-{self.number}"
+
+    def wanted(self) -> dict[Split, list[int]]:
+        """Rows that an image is sampled for."""
+        stop = self.first + self.length
+        found: dict[Split, list[int]] = {"train": rows_between(self.parts, self.first, stop)}
+        if self.parts.held is not None:
+            found["held"] = list(range(len(self.parts.held.rows)))
+        return found
+
+
 def phases(parts: Parts, book: Logbook) -> Iterator[Phase]:
     """What is left of a run: one stretch of steps, or round after round, each sampled when it is asked for.
 
     Raises:
         RunError: The pool of policies is empty or damaged, or an image is not finite.
     """
-    cfg = parts.cfg
-    if cfg.rounds is None:
-        reference = None if parts.reference is None else parts.reference.denoiser
-        yield Phase(
-            reference=reference, collator=parts.collator, held=parts.held, start=parts.start, stop=cfg.train.steps
-        )
+    settings, reference, steps = parts.cfg.rounds, parts.reference, parts.cfg.train.steps
+    if settings is None or reference is None:
+        fixed = None if reference is None else reference.denoiser
+        yield Phase(reference=fixed, collator=parts.collator, held=parts.held, start=parts.start, stop=steps)
         return
-    length = cfg.train.steps // cfg.rounds.count
-    for number in range(parts.start // length + 1, cfg.rounds.count + 1):
-        yield _round(parts, book, number, length)
+    length = steps // settings.count
+    for number in range(parts.start // length + 1, settings.count + 1):
+        yield _begin(Round(parts=parts, settings=settings, reference=reference, number=number, length=length), book)
 
 
-def _round(parts: Parts, book: Logbook, number: int, length: int) -> Phase:
+def _begin(this: Round, book: Logbook) -> Phase:
     """Makes a round ready: its policy in the pool, its reference, its images."""
-    assert parts.reference is not None, "a method with rounds has a reference"
-    assert parts.cfg.method.needs.replay is not None, "only such a method has rounds"
-    began, first = time.monotonic(), (number - 1) * length
-    start = max(first, parts.start)
+    parts, began = this.parts, time.monotonic()
+    chosen = replayed(parts.cfg.method.needs.replay or "last", this.number, parts.cfg.seed)
     pool = Pool(parts.folder / "rounds" / "policies")
-    chosen = replayed(parts.cfg.method.needs.replay, number, parts.cfg.seed)
     if parts.accelerator.is_main_process:
-        _clear(parts.folder / "rounds", pool, number)
-        if start == first:
-            pool.add(number - 1, parts.parameters)
+        _clear(this, pool)
+        if this.start == this.first:
+            with enough_room(pool.folder, parts.folder / "checkpoints"):
+                pool.add(this.number - 1, parts.parameters)
     parts.accelerator.wait_for_everyone()
-    restore_(parts.reference.parameters, pool.policy(chosen, parts.reference.parameters))
-    wanted: dict[Split, list[int]] = {"train": rows_between(parts, first, first + length)}
-    if parts.held is not None:
-        wanted["held"] = list(range(len(parts.held.rows)))
-    folder = parts.folder / "rounds" / f"round-{number}"
-    sample(parts, folder, number, wanted)
-    if start == first:
-        settings = parts.cfg.rounds
-        assert settings is not None, "a round has settings"
-        book.round(
-            start,
-            {
-                "round": number,
-                "reference": chosen,
-                "images": sum(map(len, wanted.values())),
-                "forwards_per_image": settings.steps * (2 if settings.guidance > 1 else 1),
-                "seconds": round(time.monotonic() - began, 4),
-            },
-        )
+    restore_(this.reference.parameters, pool.policy(chosen, this.reference.parameters))
+    wanted = this.wanted()
+    sample(this, wanted)
+    if this.start == this.first:
+        cost = {
+            "images": sum(map(len, wanted.values())),
+            "forwards_per_image": this.settings.steps * (2 if this.settings.guidance > 1 else 1),
+            "seconds": round(time.monotonic() - began, 4),
+        }
+        book.round(this.start, {"round": this.number, "reference": chosen, **cost})
     return Phase(
-        reference=parts.reference.denoiser,
-        collator=_joined(parts.collator, Images(folder, "train")),
-        held=None if parts.held is None else _joined(parts.held, Images(folder, "held")),
-        start=start,
-        stop=first + length,
+        reference=this.reference.denoiser,
+        collator=_joined(parts.collator, Images(this.folder, "train")),
+        held=None if parts.held is None else _joined(parts.held, Images(this.folder, "held")),
+        start=this.start,
+        stop=this.first + this.length,
     )
 
 
@@ -128,151 +149,86 @@ def rows_between(parts: Parts, start: int, stop: int) -> list[int]:
     return sorted({order.item(s) for s in range(start * global_batch_size, stop * global_batch_size)})
 
 
-_REMEDY = "start the run anew in another folder"
-
-
-class Pool:
-    """The policies at the start of every round so far, trained parameters alone."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.index = folder / "pool.json"
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of each policy's file, by its number."""
-        if not self.index.is_file():
-            return {}
-        try:
-            return dict(json.loads(self.index.read_text()))
-        except json.JSONDecodeError as error:
-            raise RunError(f"{self.index} must be as it was written, got no JSON ({error}); {_REMEDY}") from error
-
-    def add(self, number: int, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """Writes a policy, unless it is there."""
-        known = self.digests()
-        if str(number) in known and self._file(number).is_file():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_shard(self._file(number), {k: p.detach().cpu() for k, p in parameters.items()}, {})
-        self._write({**known, str(number): _sha256(self._file(number))})
-
-    def policy(self, number: int, like: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-        """A policy's weights, with the names and shapes of `like`.
-
-        Raises:
-            RunError: The pool is empty, or the policy is missing or damaged.
-        """
-        known, file = self.digests(), self._file(number)
-        if not known:
-            raise RunError(f"{self.folder} must hold the policies of earlier rounds, got an empty pool; {_REMEDY}")
-        if str(number) not in known or not file.is_file():
-            raise RunError(
-                f"{self.folder} must hold the policies of earlier rounds, got none at {file.name}; {_REMEDY}"
-            )
-        if _sha256(file) != known[str(number)]:
-            raise RunError(f"{file} must be as it was written, got another SHA-256 than pool.json has; {_REMEDY}")
-        weights = load_file(file)
-        if {k: v.shape for k, v in weights.items()} != {k: p.shape for k, p in like.items()}:
-            raise RunError(
-                f"{file} must hold the parameters that this run trains, got {len(weights)} others; {_REMEDY}"
-            )
-        return weights
-
-    def drop_from(self, number: int) -> None:
-        """Removes the policies from `number` on: of rounds that a run from an older checkpoint makes anew."""
-        known = self.digests()
-        stale = [n for n in known if int(n) >= number]
-        if stale:
-            self._write({n: digest for n, digest in known.items() if n not in stale})
-        for n in stale:
-            self._file(int(n)).unlink(missing_ok=True)
-
-    def _file(self, number: int) -> Path:
-        return self.folder / f"policy-{number}.safetensors"
-
-    def _write(self, digests: dict[str, str]) -> None:
-        write_atomic(self.index, json.dumps(digests, indent=1))
-
-
-def _clear(folder: Path, pool: Pool, number: int) -> None:
-    """Removes what round `number` must not see: images of other rounds, policies of later ones."""
-    for place in folder.glob("round-*"):
-        if place.name != f"round-{number}":
+def _clear(this: Round, pool: Pool) -> None:
+    """Removes what the round must not see: images of other rounds, policies of later ones."""
+    for place in this.folder.parent.glob("round-*"):
+        if place != this.folder:
             shutil.rmtree(place)
-    pool.drop_from(number)
+    pool.drop_from(this.number)
 
 
-def sample(parts: Parts, folder: Path, number: int, wanted: dict[Split, list[int]]) -> None:
+def sample(this: Round, wanted: dict[Split, list[int]]) -> None:
     """Samples the round's images that are not there yet, this process its share of the parts."""
-    settings = parts.cfg.rounds
-    assert settings is not None, "a round has settings"
-    size = settings.batch_size * BATCHES_PER_PART
+    parts, batch_size = this.parts, this.settings.batch_size
     pieces: list[tuple[Split, list[int]]] = []
     for split, rows in wanted.items():
-        there = Images(folder, split).places
+        there = Images(this.folder, split).places
         missing = [row for row in rows if row not in there]
-        pieces += [(split, missing[i : i + size]) for i in range(0, len(missing), size)]
+        pieces += [(split, some) for some in _split(missing, batch_size * BATCHES_PER_PART)]
     parts.accelerator.wait_for_everyone()  # all have looked before anyone writes
     mine = pieces[parts.share.mine :: parts.share.of]
     if mine:
-        folder.mkdir(parents=True, exist_ok=True)
-        sampler = Sampler(parts, number)
-        total = sum(len(rows) for _, rows in mine)
-        with bar(f"sampling round {number}", total, shown=parts.accelerator.is_main_process) as shown:
+        this.folder.mkdir(parents=True, exist_ok=True)
+        sampler = Sampler(this)
+        total, main = sum(len(rows) for _, rows in mine), parts.accelerator.is_main_process
+        with bar(f"sampling round {this.number}", total, shown=main) as shown:
             for split, rows in mine:
-                moments = []
-                for i in range(0, len(rows), settings.batch_size):
-                    moments.append(sampler.moments(split, rows[i : i + settings.batch_size]))
-                    shown.advance(len(moments[-1][0]))
-                mean, std = (torch.cat(side).to(sampler.dtype) for side in zip(*moments, strict=True))
-                file = folder / f"{split}-{rows[0]:08d}.safetensors"
-                save_shard(file, {"mean": mean, "std": std}, {"rows": rows})
+                made = [sampler.moments(split, some) for some in _split(rows, batch_size)]
+                sampler.save(split, rows, made)
+                shown.advance(len(rows))
     parts.accelerator.wait_for_everyone()
 
 
-class Sampler:
-    """The round's reference in its stock pipeline, and the way of its images to moments."""
+def _split(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
-    def __init__(self, parts: Parts, number: int) -> None:
-        assert parts.reference is not None, "a method with rounds has a reference"
-        self.parts = parts
-        self.number = number
-        self.reference = parts.reference
-        self.scale: LatentScale = parts.collator.scale
-        data = parts.cfg.data
+
+class Sampler:
+    """The round's reference in its stock pipeline, and the way of its images to moments on disk."""
+
+    def __init__(self, this: Round) -> None:
+        self.round = this
+        self.parts = this.parts
+        data = self.parts.cfg.data
         self.dtype = torch.float32 if data.cache is False else getattr(torch, data.cache_dtype)
-        self.shape = parts.collator.rows.latents([0], [0], "w")[0].shape[1:]
-        components = ("vae", *parts.family.text)
-        device = parts.accelerator.device
-        self.pipeline = load_pipeline(parts.cfg.model, only=components, net=self.reference.net).to(device)
-        parts.family.use_sampler(self.pipeline)
+        self.shape = self.parts.collator.rows.latents([0], [0], "w")[0].shape[1:]
+        components = ("vae", *self.parts.family.text)
+        pipeline = load_pipeline(self.parts.cfg.model, only=components, net=this.reference.net)
+        self.pipeline = pipeline.to(self.parts.accelerator.device)
+        self.parts.family.use_sampler(self.pipeline)
 
     @torch.no_grad()
-    def moments(self, split: Split, rows: Sequence[int]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+    def moments(self, split: Split, rows: list[int]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         """Mean and std of the VAE's posterior of an image sampled for each row's prompt, from noise of its own."""
-        vae = self.pipeline.vae
-        z = self._latents(split, rows) / self.scale.scale + self.scale.shift
-        pixels = (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+        vae, scale = self.pipeline.vae, self.parts.collator.scale
+        pixels = vae.decode(self._latents(split, rows) / scale.scale + scale.shift).sample
         if not pixels.isfinite().all():
-            raise RunError(f"images of round {self.number} must be finite, got others for rows {list(rows)}")
-        posterior = vae.encode((pixels * 255).round() / 255 * 2 - 1).latent_dist
+            raise RunError(f"images of round {self.round.number} must be finite, got others among rows {rows}")
+        seen = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round() / 255
+        posterior = vae.encode(seen * 2 - 1).latent_dist
         return posterior.mean.float().cpu(), posterior.std.float().cpu()
 
-    def _latents(self, split: Split, rows: Sequence[int]) -> Float[Tensor, "b c h w"]:
-        settings, source = self.parts.cfg.rounds, self.parts.collator if split == "train" else self.parts.held
-        assert settings is not None, "a round has settings"
+    def save(self, split: Split, rows: list[int], made: list[tuple[Tensor, Tensor]]) -> None:
+        """Writes a part: the moments of rows, batch by batch."""
+        mean, std = (torch.cat(side).to(self.dtype) for side in zip(*made, strict=True))
+        file = self.round.folder / f"{split}-{rows[0]:08d}.safetensors"
+        with enough_room(file, self.parts.folder / "checkpoints"):
+            save_shard(file, {"mean": mean, "std": std}, {"rows": rows})
+
+    def _latents(self, split: Split, rows: list[int]) -> Float[Tensor, "b c h w"]:
+        source, device = self.parts.collator if split == "train" else self.parts.held, self.parts.accelerator.device
         assert source is not None, "held-out rows are there where they are sampled for"
         height, width = (side * self.pipeline.vae_scale_factor for side in self.shape[1:])
-        path = (self.parts.cfg.seed, "rollout", split, self.number)
+        path = (self.parts.cfg.seed, "rollout", split, self.round.number)
         noise = torch.stack([torch.randn(self.shape, generator=rng.generator(*path, row)) for row in rows])
-        with self.reference.network(), self.parts.accelerator.autocast():
+        with self.round.reference.network(), self.parts.accelerator.autocast():
             latents = self.pipeline(
                 prompt=[source.rows.prompt(row) for row in rows],
-                latents=noise.to(self.parts.accelerator.device),
+                latents=noise.to(device),
                 height=height,
                 width=width,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
+                num_inference_steps=self.round.settings.steps,
+                guidance_scale=self.round.settings.guidance,
                 output_type="latent",
                 **self.parts.family.call_options(self.pipeline),
             ).images
@@ -281,8 +237,3 @@ class Sampler:
 
 def _joined(collator: Collator, images: Images) -> Collator:
     return replace(collator, rows=SelfSampled(rows=collator.rows, images=images))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """One training run, whole: from a config to an export, in plain order."""
 
-import errno
 import logging
 import math
 import shutil
@@ -140,7 +139,7 @@ def save(parts: Parts, book: Logbook, step: int, rewards: RunningMean) -> None:
     root = parts.folder / "checkpoints"
     state = state_of(parts, step, book.offset, rewards)
     if parts.accelerator.is_main_process:
-        with enough_room(root):
+        with disk.enough_room(root, root):
             disk.save_checkpoint(root, state)
         disk.prune(root, keep_last=parts.cfg.checkpoint.keep_last, keep=parts.best.step)
     parts.accelerator.wait_for_everyone()
@@ -159,7 +158,7 @@ def export(parts: Parts) -> RunResult:
     elif parts.ema is not None:
         parts.ema.copy_to(parts.parameters.values())
     if parts.accelerator.is_main_process:
-        with enough_room(out):
+        with disk.enough_room(out, folder / "checkpoints"):
             if cfg.train.trainable == "lora":
                 export_lora(parts.net, parts.family, out)
             else:
@@ -231,25 +230,6 @@ def kept_aside(parts: Parts) -> Iterator[None]:
         file = parts.folder / f"bad-batch-{parts.share.mine}.safetensors"
         save_file({k: v.cpu().contiguous() for k, v in error.batch.tensors().items()}, file)
         raise RunError(f"{error}, the batch is saved in {file}") from error
-
-
-@contextmanager
-def enough_room(place: Path) -> Iterator[None]:
-    """A full disk ends the run with one line; what was whole before stays."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        last = max(disk.checkpoints(place), default=None)
-        kept = "no checkpoint was written yet" if last is None else f"the last whole checkpoint is step-{last}"
-        raise RunError(f"{place} could not be written, the disk is full; {kept}") from error
-    except Exception as error:
-        if "No space left" not in str(error):
-            raise
-        last = max(disk.checkpoints(place), default=None)
-        kept = "no checkpoint was written yet" if last is None else f"the last whole checkpoint is step-{last}"
-        raise RunError(f"{place} could not be written, the disk is full; {kept}") from error
 
 
 def load_run(folder: str | Path) -> dict[str, object]:

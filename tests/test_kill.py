@@ -44,7 +44,7 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 import diffalign
-from diffalign import checkpoint, fit, rounds
+from diffalign import checkpoint, fit, pool, rounds
 from diffalign.data import cache
 
 table, moment = json.loads(sys.argv[1]), json.loads(sys.argv[2])
@@ -63,7 +63,8 @@ def dying(owner, name, nth):
 
 if moment:
     owner, name, nth = moment
-    owners = {"checkpoint": checkpoint, "cache": cache, "fit": fit, "rounds": rounds, "sampler": rounds.Sampler}
+    modules = {"checkpoint": checkpoint, "cache": cache, "fit": fit, "pool": pool, "rounds": rounds}
+    owners = {**modules, "sampler": rounds.Sampler}
     dying(owners[owner], name, nth)
 diffalign.train(table)
 """
@@ -116,10 +117,10 @@ def in_rounds(world: Path, output: Path, trainable: str) -> dict:
 
 
 ROUND_MOMENTS = {
-    "while the first policy is written": ["rounds", "save_shard", 1],
+    "while the first policy is written": ["pool", "save_shard", 1],
     "while images are sampled": ["sampler", "moments", 3],
-    "while images are written": ["rounds", "save_shard", 2],
-    "between the second policy and its place in the pool": ["rounds", "_sha256", 3],
+    "while images are written": ["rounds", "save_shard", 1],
+    "between the second policy and its place in the pool": ["pool", "_sha256", 3],
     "between the second policy and its images": ["rounds", "sample", 2],
     "while the second images are sampled": ["sampler", "moments", 22],
     "in the second round": ["fit", "_backward", 6],

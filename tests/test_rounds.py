@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import diffalign
-from diffalign import fit, rng, rounds
+from diffalign import fit, pool, rng, rounds
 from diffalign.assemble import Parts, assemble, claim_folder
 from diffalign.config import parse
 from diffalign.data.selfsampled import Images
@@ -19,6 +19,7 @@ from diffalign.denoisers.unet import SD
 from diffalign.errors import InputError, RunError
 from diffalign.logbook import Logbook
 from diffalign.models.policy import cast_frozen, load_policy, make_reference
+from diffalign.pool import Pool
 from tests import worlds
 from tests.test_train import config, metrics, reloaded, same, weights
 
@@ -212,13 +213,13 @@ def stopping(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, nth: int
 
 MOMENTS = {
     "while the first images are sampled": (rounds.Sampler, "moments", 2),
-    "between the second policy and its place in the pool": (rounds, "_sha256", 3),
+    "between the second policy and its place in the pool": (pool, "_sha256", 3),
     "while the second images are sampled": (rounds.Sampler, "moments", 5),
     "after a checkpoint in the second round": (fit, "_backward", 4),
 }
 """With four rows and one held-out one in each round and two images a part, there are three parts a round."""
 MORE_MOMENTS = {
-    "while the first policy is written": (rounds, "save_shard", 1),
+    "while the first policy is written": (pool, "save_shard", 1),
     "after the first images": (fit, "_backward", 1),
     "in the first round": (fit, "_backward", 2),
     "between the second policy and its images": (rounds, "sample", 2),
@@ -307,8 +308,8 @@ def test_a_run_from_an_older_checkpoint_makes_later_rounds_anew(world, tmp_path)
     cfg = table(world, tmp_path / "run", checkpoint={"every": 1, "keep_last": 9}, train={"ema_decay": 0.9})
     diffalign.train(cfg)
     first = weights(tmp_path / "run", 4)
-    pool = tmp_path / "run" / "rounds" / "policies"
-    save_file({k: v + 1 for k, v in load_file(pool / "policy-1.safetensors").items()}, pool / "policy-1.safetensors")
+    file = tmp_path / "run" / "rounds" / "policies" / "policy-1.safetensors"
+    save_file({k: v + 1 for k, v in load_file(file).items()}, file)
     diffalign.train({**cfg, "resume": "step-1"})
     assert same(weights(tmp_path / "run", 4), first)
 
@@ -325,9 +326,9 @@ def test_a_finished_run_can_get_more_rounds_of_the_same_length(world, tmp_path):
 
 
 @pytest.fixture
-def pool(tmp_path: Path) -> rounds.Pool:
+def policies(tmp_path: Path) -> Pool:
     """Policies 0 and 1 of a run with one trained parameter."""
-    found = rounds.Pool(tmp_path / "policies")
+    found = Pool(tmp_path / "policies")
     for number in (0, 1):
         found.add(number, TRAINED)
     return found
@@ -336,8 +337,8 @@ def pool(tmp_path: Path) -> rounds.Pool:
 TRAINED = {"w": torch.nn.Parameter(torch.ones(3))}
 
 
-def test_a_pool_gives_back_what_was_put_in(pool):
-    assert same(pool.policy(1, TRAINED), {"w": torch.ones(3)})
+def test_a_pool_gives_back_what_was_put_in(policies):
+    assert same(policies.policy(1, TRAINED), {"w": torch.ones(3)})
 
 
 def test_an_empty_pool_is_one_clear_error(world, tmp_path):
@@ -350,31 +351,31 @@ def test_an_empty_pool_is_one_clear_error(world, tmp_path):
         diffalign.train({**cfg, "resume": "latest"})
 
 
-def test_a_missing_policy_is_one_clear_error(pool):
-    (pool.folder / "policy-0.safetensors").unlink()
+def test_a_missing_policy_is_one_clear_error(policies):
+    (policies.folder / "policy-0.safetensors").unlink()
     with pytest.raises(RunError, match=r"of earlier rounds, got none at policy-0\.safetensors; start the run anew"):
-        pool.policy(0, TRAINED)
+        policies.policy(0, TRAINED)
 
 
-def test_a_damaged_policy_is_one_clear_error(pool):
-    file = pool.folder / "policy-0.safetensors"
+def test_a_damaged_policy_is_one_clear_error(policies):
+    file = policies.folder / "policy-0.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(RunError, match=r"policy-0\.safetensors must be as it was written, got another SHA-256"):
-        pool.policy(0, TRAINED)
+        policies.policy(0, TRAINED)
 
 
 @pytest.mark.parametrize("other", [{"v": torch.ones(3)}, {"w": torch.ones(4)}], ids=["name", "shape"])
-def test_a_policy_of_another_network_is_one_clear_error(pool, other):
+def test_a_policy_of_another_network_is_one_clear_error(policies, other):
     with pytest.raises(RunError, match=r"policy-0\.safetensors must hold the parameters that this run trains, got 1"):
-        pool.policy(0, {k: torch.nn.Parameter(v) for k, v in other.items()})
+        policies.policy(0, {k: torch.nn.Parameter(v) for k, v in other.items()})
 
 
-def test_a_damaged_index_is_one_clear_error(pool):
-    pool.index.write_text("{")
+def test_a_damaged_index_is_one_clear_error(policies):
+    policies.index.write_text("{")
     with pytest.raises(RunError, match=r"pool\.json must be as it was written, got no JSON"):
-        pool.policy(0, TRAINED)
+        policies.policy(0, TRAINED)
 
 
 def test_a_damaged_part_is_one_clear_error(tmp_path):

@@ -20,6 +20,7 @@ LAYERS = [
     ("evaluate", "fit", "validation", "logbook"),
     ("config",),
     ("card", "grids", "assemble"),
+    ("pool",),
     ("rounds",),
     ("train",),
     ("api",),
