@@ -42,7 +42,7 @@ def changed(key: str, value: object) -> dict:
         ("train.steps", None, r"config\.train: missing key 'steps'"),
         ("model", None, r"config: missing key 'model'"),
         ("method.name", "difusion_dpo", r"must be a known method, got 'difusion_dpo'; did you mean 'diffusion_dpo'\?"),
-        ("method.name", "zzz", r"got 'zzz'; choose from diffusion_dpo, sft"),
+        ("method.name", "zzz", r"got 'zzz'; choose from .*diffusion_dpo.*sft"),
         ("method.link", "sigmoyd", r"did you mean 'sigmoid'\?"),
         ("method.link", {"name": "sigmoid", "label_smoothing": 0.1}, "does not take option 'label_smoothing'"),
         ("method.link", "cdpo", "needs option 'label_smoothing'"),

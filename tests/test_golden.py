@@ -17,7 +17,7 @@ from tests.toys import images, pairs, toy
 
 FOLDER = Path(__file__).parent / "golden"
 PREDICTIONS = ("epsilon", "velocity")
-OPTIONS = {"diffusion_dpo": {"beta": 10.0}}
+OPTIONS = {"diffusion_dpo": {"beta": 10.0}, "inpo": {"beta": 10.0}, "smpo": {"beta": 10.0}}
 """beta in the thousands would magnify the last digits, which differ between processors."""
 
 

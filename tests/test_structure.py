@@ -14,7 +14,7 @@ LAYERS = [
     ("errors", "shipped", "_torchvision", "progress", "rng", "strict"),
     ("paths", "losses"),
     ("types",),
-    ("denoisers", "tiny"),
+    ("denoisers", "sampling", "tiny"),
     ("models", "checkpoint", "environment"),
     ("methods", "rewards", "data"),
     ("evaluate", "fit", "validation", "logbook"),

@@ -1,0 +1,1 @@
+"""Moves along a noise path: transitions between noise levels, and inversion."""
