@@ -127,7 +127,7 @@ def invert(
         rows = move.rows.to(x.device)
         moved = climb(denoiser, x[rows], cond.rows(rows), _on(move.source, x), _on(move.goal, x), ladder.renoise)
         if ladder.noise_scale > 0 and noise is not None:
-            std = broadcast(ladder.noise_scale * posterior_std(move.source, move.goal), x).to(x)
+            std = broadcast(ladder.noise_scale * posterior_std(move.source, move.goal), moved).to(x)
             moved = moved + std * noise(x, f"inversion_{rung}")[rows]
         x = x.index_copy(0, rows, moved.to(x.dtype))
         calls[move.rows] += 1 + ladder.renoise
@@ -196,7 +196,7 @@ def _exact(path: NoisePath, t: Shaped[Tensor, " b"], levels: int) -> Iterator[Mo
         yield Move(rows, level_at(path, low.expand(len(rows))), level_at(path, torch.minimum(high, t[rows])))
 
 
-def _release(path: NoisePath, t: Int[Tensor, " b"], levels: int) -> Iterator[Move]:
+def _release(path: NoisePath, t: Shaped[Tensor, " b"], levels: int) -> Iterator[Move]:
     """From 1 - T/n over 1, 1 + T/n, ... as long as a rung lies below t; Stable Diffusion's `steps_offset` is the 1."""
     if not isinstance(path, DDPMPath):
         raise InputError("method.mode must be 'exact' on a flow, whose ladder the released code does not have")
