@@ -1,4 +1,4 @@
-"""Inversion: identities of one move and of the way up and down, oracles, and what the released code does that we do not."""
+"""Inversion: identities of one move and of the way up and down, oracles, and what only the released code does."""
 
 from dataclasses import dataclass, field
 from itertools import product

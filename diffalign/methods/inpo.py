@@ -28,9 +28,9 @@ class InPO:
 
     Paper: Lu et al., "InPO: Inversion Preference Optimization with Reparametrized DDIM for Efficient Diffusion Model
     Alignment", arXiv 2503.18454, CVPR 2025; JaydenLyh/InPO.
-    Departs: x_t stands at t exactly and has no noise of its own; `mode = "release"` does as the authors' code, whose x_t
-    stands up to 99 timesteps away from the t that tau and the model take it to be at. t is not drawn below T/10. The
-    inversion's arithmetic is float32 where theirs is float16.
+    Departs: x_t stands at t exactly and no noise is added to it; `mode = "release"` does as the authors' code, whose
+    x_t stands up to 99 timesteps away from the t that tau and the model take it to be at. t is not drawn below T/10.
+    The inversion's arithmetic is float32 where theirs is float16.
     """
 
     beta: float = 2000.0

@@ -8,6 +8,7 @@ their t. No gradient, no guidance.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -171,9 +172,9 @@ def posterior_std(low: Level, high: Level) -> Float[Tensor, " b"]:
 
 
 def draw_t(path: NoisePath, rng: SampleRng, ladder: Ladder) -> Shaped[Tensor, " b"]:
-    """The path's own draw of t; in mode `exact` whatever falls below 1/n of the range (n at least 10) is moved up there.
+    """The path's own draw of t; in mode `exact` what falls below 1/n of the range (n at least 10) is moved up there.
 
-    Below, the division by sigma_t magnifies the rounding of a network's prediction, and on a flow reaches 0 / 0.
+    Nearer to the image tau is the same single prediction, and its division by sigma_t magnifies rounding up to 0 / 0.
     """
     t = path.sample_t(rng)
     if ladder.mode == "release":
@@ -189,7 +190,7 @@ def _exact(path: NoisePath, t: Shaped[Tensor, " b"], levels: int) -> Iterator[Mo
     """From the clean image over the rungs below each t onto t."""
     rungs = path.rungs(levels).to(t)  # [n + 1], the last is the end of the range
     yield Move(torch.arange(len(t)), clean_level(t), level_at(path, torch.minimum(rungs[1], t)))
-    for low, high in zip(rungs[1:-1], rungs[2:], strict=True):
+    for low, high in pairwise(rungs[1:]):
         rows = (low < t).nonzero().flatten()
         if len(rows) == 0:
             return
