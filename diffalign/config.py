@@ -255,7 +255,7 @@ REFERENCE_DECAY = 0.995
 _ABSENT = {
     "link": "its loss is not a link on two implicit rewards",
     "beta": "it has no KL strength",
-    "safeguard": "it has no residuals of winner and loser that share one noise and one path of the gradient",
+    "safeguard": "it has no winner and loser at one shared noise, whose residuals could be compared",
     "scores": "it does not weigh one image against another by a link",
     "share_noise": "its noise is not a choice",
 }

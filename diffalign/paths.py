@@ -84,6 +84,10 @@ class NoisePath(Protocol):
         """Share of the noise range at t, in [0, 1]."""
         ...
 
+    def rungs(self, count: int) -> Shaped[Tensor, " n"]:
+        """The `count` + 1 values of t that part its range evenly, whatever the draw of t: 0 first, its end last."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class DDPMPath:
@@ -106,6 +110,9 @@ class DDPMPath:
     def noise_level(self, t: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
         return (t + 0.5) / len(self.alpha_bar)
 
+    def rungs(self, count: int) -> Int[Tensor, " n"]:
+        return torch.arange(count + 1) * len(self.alpha_bar) // count
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowPath:
@@ -126,6 +133,9 @@ class FlowPath:
 
     def noise_level(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         return t
+
+    def rungs(self, count: int) -> Float[Tensor, " n"]:
+        return torch.arange(count + 1, dtype=torch.float64) / count
 
 
 def add_noise(
@@ -162,7 +172,18 @@ def to_x0_eps(
     t: Shaped[Tensor, " b"],
 ) -> tuple[Float[Tensor, " b *rest"], Float[Tensor, " b *rest"]]:
     """Clean sample and noise that a native prediction implies; together they give x_t back."""
-    alpha_t, sigma_t = (broadcast(c, x_t) for c in path.coefficients(t))
+    return implied(prediction, pred, x_t, *path.coefficients(t))
+
+
+def implied(
+    prediction: Prediction,
+    pred: Float[Tensor, " b *rest"],
+    x_t: Float[Tensor, " b *rest"],
+    alpha_t: Float[Tensor, " b"],
+    sigma_t: Float[Tensor, " b"],
+) -> tuple[Float[Tensor, " b *rest"], Float[Tensor, " b *rest"]]:
+    """The same at given coefficients, so also at the clean level, alpha = 1 and sigma = 0 (not from x_0)."""
+    alpha_t, sigma_t = broadcast(alpha_t, x_t), broadcast(sigma_t, x_t)
     if prediction == "epsilon":
         return (x_t - sigma_t * pred) / alpha_t, pred
     if prediction == "sample":

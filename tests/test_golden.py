@@ -26,7 +26,9 @@ OPTIONS = {
     "diffusion_kto": {"beta": 10.0},
     "dmpo": {"beta": 10.0},
     "linear_dpo": {"beta": 10.0},
+    "inpo": {"beta": 10.0},
     "seppo": {"beta": 10.0},
+    "smpo": {"beta": 10.0},
     "spin": {"beta": 10.0},
 }
 """beta in the thousands would magnify the last digits, which differ between processors."""

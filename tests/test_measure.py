@@ -198,7 +198,8 @@ def test_losses_are_per_sample_and_metrics_carry_no_gradient(name):
 
 
 def _row(batch, i):
-    fields = {k: v for k, v in vars(batch).items() if k.startswith("x_") or k == "label"}
+    wanted = ("x_", "score_", "label")
+    fields = {k: v for k, v in vars(batch).items() if k.startswith(wanted) and v is not None}
     rows = {k: v[i : i + 1] for k, v in fields.items()}
     return replace(batch, **rows, cond=batch.cond.rows(slice(i, i + 1)), samples=(i,))
 

@@ -90,3 +90,16 @@ def test_one_process_can_resume_what_two_began(world, tmp_path):
     run(table, 2, tmp_path)
     run({**table, "resume": "latest", "train": {**table["train"], "steps": 4}}, 1, tmp_path)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_processes_whose_inversions_differ_in_length_take_the_same_steps_as_one(world, tmp_path):
+    """A process that has fewer forwards to make must not leave the other one waiting."""
+    method = {"name": "inpo", "beta": 20.0, "levels": 6}
+    common = {"model": "sd3", "method": method, "optimizer": {"lr": 1e-3}}
+    one = config(world, tmp_path / "one", train={"steps": 3, "batch_size": 2}, **common)
+    two = config(world, tmp_path / "two", train={"steps": 3, "batch_size": 1}, **common)
+    run(one, 1, tmp_path)
+    run(two, 2, tmp_path)
+    for x, y in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert x["err_w"] == pytest.approx(y["err_w"], rel=1e-3)
+        assert x["forwards"] == y["forwards"]

@@ -1,6 +1,6 @@
 """Toy denoisers for the mathematics: a small network on a real noise path, and one whose errors are set by hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,8 @@ def pairs(size: int = 4, seed: int = 0, first: int = 0) -> PairBatch:
         x_l=torch.randn(size, *SHAPE, generator=rng),
         cond=Cond({"c": torch.randn(size, 3, generator=rng)}),
         samples=tuple(range(first, first + size)),
+        score_w=0.2 + 0.05 * torch.rand(size, generator=rng),
+        score_l=0.15 + 0.05 * torch.rand(size, generator=rng),
     )
 
 
@@ -85,7 +87,7 @@ def images(size: int = 4, seed: int = 0) -> ImageBatch:
 
 
 def swapped(batch: PairBatch) -> PairBatch:
-    return PairBatch(x_w=batch.x_l, x_l=batch.x_w, cond=batch.cond, samples=batch.samples)
+    return replace(batch, x_w=batch.x_l, x_l=batch.x_w, score_w=batch.score_l, score_l=batch.score_w)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from diffalign.methods.cpo import CPO
 from diffalign.methods.diffusion_dpo import DiffusionDPO
 from diffalign.methods.diffusion_kto import DiffusionKTO
 from diffalign.methods.dmpo import DMPO
+from diffalign.methods.inpo import InPO
 from diffalign.methods.linear_dpo import LinearDPO
 from diffalign.methods.mapo import MaPO
 from diffalign.methods.ncp_cpo import NCPCPO
@@ -11,6 +12,7 @@ from diffalign.methods.ncp_dpo import NCPDPO
 from diffalign.methods.ncp_sft import NCPSFT
 from diffalign.methods.seppo import SePPO
 from diffalign.methods.sft import SFT
+from diffalign.methods.smpo import SmPO
 from diffalign.methods.spin import SPINDiffusion
 
 METHODS: dict[str, type] = {
@@ -18,12 +20,14 @@ METHODS: dict[str, type] = {
     "diffusion_dpo": DiffusionDPO,
     "diffusion_kto": DiffusionKTO,
     "dmpo": DMPO,
+    "inpo": InPO,
     "linear_dpo": LinearDPO,
     "mapo": MaPO,
     "ncp_cpo": NCPCPO,
     "ncp_dpo": NCPDPO,
     "ncp_sft": NCPSFT,
-    "sft": SFT,
     "seppo": SePPO,
+    "sft": SFT,
+    "smpo": SmPO,
     "spin": SPINDiffusion,
 }

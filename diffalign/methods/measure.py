@@ -275,9 +275,19 @@ def score_gap(batch: PairBatch) -> Float[Tensor, " b"]:
     Raises:
         InputError: The batch has no scores.
     """
+    score_w, score_l = scores_of(batch)
+    return score_w - score_l
+
+
+def scores_of(batch: PairBatch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """A judge's scores of winners and losers.
+
+    Raises:
+        InputError: The batch has none.
+    """
     if batch.score_w is None or batch.score_l is None:
         raise InputError("data.path must have score columns for this method, got a batch without scores")
-    return batch.score_w - batch.score_l
+    return batch.score_w, batch.score_l
 
 
 def pair_metrics(

@@ -1,1 +1,1 @@
-"""Moves along a noise path, from t to a less noisy s."""
+"""Moves along a noise path: transitions between noise levels, and inversion."""
