@@ -90,6 +90,11 @@ class Cell:
         return root / self.model / f"{self.row.name}-{self.seed}.json"
 
     @property
+    def seed_of_prompts(self) -> int:
+        """Trials have captions of their own."""
+        return measures.PROMPT_SEED if self.trial is None else measures.TRIAL_SEED
+
+    @property
     def config(self) -> str:
         return f"{MODELS[self.model]}_{self.row.config}"
 
@@ -118,14 +123,15 @@ class Cell:
         table = dump(self.settings())
         table["data"].pop("cache")
         del table["output"]
-        return {"config": table, "labels": f"by lot, {COIN}" if self.row.by_lot else "true", "protocol": protocol()}
+        labels = f"by lot, {COIN}" if self.row.by_lot else "true"
+        return {"config": table, "labels": labels, "protocol": protocol(self.seed_of_prompts)}
 
 
-def protocol() -> dict[str, Any]:
+def protocol(prompt_seed: int = measures.PROMPT_SEED) -> dict[str, Any]:
     """What is the same for all cells."""
     return {
         "prompts": measures.PROMPTS,
-        "prompt_seed": measures.PROMPT_SEED,
+        "prompt_seed": prompt_seed,
         "sampler_steps": measures.SAMPLER_STEPS,
         "guidance": GUIDANCE,
         "judges": measures.JUDGES,
@@ -149,15 +155,16 @@ def read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
-def base_file(model: str) -> Path:
+def base_file(model: str, prompt_seed: int = measures.PROMPT_SEED) -> Path:
     """Where the base model's scores are kept."""
-    return RUNS / model / "base.json"
+    return (RUNS if prompt_seed == measures.PROMPT_SEED else CACHE / "trials") / model / "base.json"
 
 
-def prepare_base(model: str) -> None:
+def prepare_base(model: str, prompt_seed: int) -> None:
     """Images of the base model, their scores, and the held-out pairs, made once a model."""
-    wanted, folder = digest(protocol()), CACHE / model
-    known = read(base_file(model))
+    wanted, folder = digest(protocol(prompt_seed)), CACHE / model
+    file = base_file(model, prompt_seed)
+    known = read(file)
     if known is not None and known["digest"] == wanted and (folder / f"base-{wanted}.npz").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,8 +172,9 @@ def prepare_base(model: str) -> None:
     cfg = replace(cfg, validation=replace(cfg.validation, fraction=HELD_OUT), data=_cached(cfg, model))
     batch = held_out_pairs(cfg)
     save_file({k: v.contiguous() for k, v in measures.pair_tensors(batch).items()}, folder / "pairs.safetensors")
-    images = measures.make_images(cfg.model, measures.captions())
-    scores, attributes = measures.judge(images, measures.captions())
+    prompts = measures.captions(prompt_seed)
+    images = measures.make_images(cfg.model, prompts)
+    scores, attributes = measures.judge(images, prompts)
     found = {
         "digest": wanted,
         "scores": scores,
@@ -174,8 +182,8 @@ def prepare_base(model: str) -> None:
         "diversity": measures.diversity(measures.embed(images)),
     }
     np.savez_compressed(folder / f"base-{wanted}.npz", images=images)
-    base_file(model).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(base_file(model), json.dumps(found) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(found) + "\n")
 
 
 def held_out_pairs(cfg: TrainConfig) -> Any:
@@ -192,7 +200,7 @@ def held_out_pairs(cfg: TrainConfig) -> Any:
 def run(cell: Cell) -> dict[str, Any]:
     """Trains and measures one cell, and writes its file."""
     with locked(cell.model):
-        prepare_base(cell.model)
+        prepare_base(cell.model, cell.seed_of_prompts)
     began = clocks()
     with tempfile.TemporaryDirectory() as place:
         cfg = replace(cell.settings(), output=f"{place}/run")
@@ -208,7 +216,7 @@ def run(cell: Cell) -> dict[str, Any]:
             "described": cell.described(),
             "environment": describe(torch.device("cpu")),
             "cost": cost,
-            **measure(parts, cell.model),
+            **measure(parts, cell),
         }
     record["seconds_in_all"], record["cpu_seconds_in_all"] = (clocks() - began).round(1).tolist()
     cell.file.parent.mkdir(parents=True, exist_ok=True)
@@ -264,17 +272,17 @@ def train(parts: Parts) -> dict[str, Any]:
     }
 
 
-def measure(parts: Parts, model: str) -> dict[str, Any]:
+def measure(parts: Parts, cell: Cell) -> dict[str, Any]:
     """Everything about the exported weights, which the network holds after the export."""
     began = clocks()
-    source, prompts = parts.cfg.model, measures.captions()
+    source, model, prompts = parts.cfg.model, cell.model, measures.captions(cell.seed_of_prompts)
     parts.net.eval()
     held = measures.pair_batch(load_file(CACHE / model / "pairs.safetensors"))
     base = replace(parts.policy, net=load_net(source, parts.family))
     moved = measures.movement(parts.policy, base, held)
     images = measures.make_images(source, prompts, net=parts.net)
     drawn = clocks() - began
-    base_images = np.load(CACHE / model / f"base-{digest(protocol())}.npz")["images"]
+    base_images = np.load(CACHE / model / f"base-{digest(protocol(cell.seed_of_prompts))}.npz")["images"]
     scores, attributes = measures.judge(images, prompts)
     return {
         "scores": scores,

@@ -114,7 +114,7 @@ def run_one(cell: Cell) -> None:
 
     torch.set_num_threads(1)
     record = method_runs.run(cell)
-    base = method_runs.read(method_runs.base_file(cell.model))
+    base = method_runs.read(method_runs.base_file(cell.model, cell.seed_of_prompts))
     assert base is not None, "a cell is measured against its base"
     rates = []
     for reward in record["scores"]:
@@ -133,7 +133,7 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
     options.add_argument("--again", action="store_true", help="also what is finished")
     options.add_argument("--table-only", action="store_true")
-    options.add_argument("--trial", help="keep the runs apart under this name; no table is made")
+    options.add_argument("--trial", help="keep the runs apart under this name, on captions of their own; no table")
     options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of a trial's configs")
     options.add_argument("--one", nargs=3, metavar=("MODEL", "ROW", "SEED"), help=argparse.SUPPRESS)
     asked = options.parse_args()
