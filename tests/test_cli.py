@@ -89,7 +89,7 @@ def garbage(model: Path) -> None:
 MISTAKES: dict[str, tuple[Callable[[dict, Path], object], str]] = {
     "unknown key": (lambda t, p: t["method"].update(betta=1.0), "unknown key 'betta'; did you mean 'beta'?"),
     "wrong type": (lambda t, p: t["optimizer"].update(lr="1e-4"), "config.optimizer.lr must be a number, got '1e-4'"),
-    "unknown method": (lambda t, p: t["method"].update(name="dpo2"), "choose from diffusion_dpo, sft"),
+    "unknown method": (lambda t, p: t["method"].update(name="dpo2"), "choose from diffusion_dpo, "),
     "unknown family": (
         lambda t, p: folder(t, p, rename_class),
         "got 'KandinskyPipeline'; known families: sd (StableDiffusionPipeline), sd3 (StableDiffusion3Pipeline)",

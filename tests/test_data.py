@@ -423,6 +423,9 @@ def test_the_posterior_is_drawn_afresh_at_every_sample():
         def cond(self, rows, dropped):
             return Cond({"c": torch.zeros(len(rows), 1)})
 
+        def prompt(self, row):
+            return ""
+
     source = Collator(rows=Wide(), kind="pairs", scale=LatentScale(scale=1.0), seed=0)
     first, again, later = (source.batch([0], [s]) for s in (0, 0, 1))
     assert torch.equal(first.x_w, again.x_w)
