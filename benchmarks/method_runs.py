@@ -27,13 +27,14 @@ from benchmarks.shuffled_labels import shuffle_labels
 from benchmarks.step import peak_of
 from diffalign.assemble import Parts, assemble, claim_folder, make_accelerator, prepare_rows
 from diffalign.checkpoint import write_atomic
-from diffalign.config import TrainConfig, dump, load
+from diffalign.config import dump, load
 from diffalign.data.batches import Collator
 from diffalign.data.cache import Share
 from diffalign.data.prepare import vae_scale
 from diffalign.environment import describe
 from diffalign.logbook import Logbook
 from diffalign.models.load import detect_family, load_net
+from diffalign.settings import TrainConfig
 from diffalign.shipped import DATASETS, assets, configs
 from diffalign.tiny.build import GUIDANCE
 

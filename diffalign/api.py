@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffalign.config import TrainConfig
     from diffalign.evaluate.results import Results
+    from diffalign.settings import TrainConfig
     from diffalign.train import RunResult
 
 
@@ -20,8 +20,9 @@ def train(config: "str | Path | Mapping[str, Any] | TrainConfig", *overrides: st
     Raises:
         InputError: Something in config, data or model is wrong; one line says what.
     """
-    from diffalign.config import TrainConfig, load, parse
+    from diffalign.config import load, parse
     from diffalign.errors import InputError
+    from diffalign.settings import TrainConfig
     from diffalign.train import run
 
     if overrides and not isinstance(config, (str, Path)):

@@ -11,7 +11,8 @@ import torch
 
 from diffalign import checkpoint as disk
 from diffalign import environment
-from diffalign.config import REFERENCE_DECAY, TrainConfig, dump, method_name, reference_kind
+from diffalign.checks import REFERENCE_DECAY, method_name, reference_kind
+from diffalign.config import dump
 from diffalign.data.batches import Collator, Rows
 from diffalign.data.cache import Share
 from diffalign.data.images import Preprocessing
@@ -31,6 +32,7 @@ from diffalign.errors import InputError
 from diffalign.models.load import detect_family
 from diffalign.models.policy import Reference, cast_frozen, load_policy, make_reference
 from diffalign.models.save import trainable
+from diffalign.settings import TrainConfig
 from diffalign.strict import changed_keys, to_toml
 from diffalign.types import Needs, RunningMean
 

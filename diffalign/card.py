@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffalign.config import TrainConfig
 from diffalign.data.pairs import Counts
 from diffalign.denoisers import Family
 from diffalign.environment import versions
 from diffalign.models.save import LORA_FILE
+from diffalign.settings import TrainConfig
 from diffalign.strict import to_toml
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from diffalign.config import SampleSettings
 from diffalign.denoisers import Family
 from diffalign.models.load import ModelSource, load_pipeline
+from diffalign.settings import SampleSettings
 
 _LEAST_SIDE = 128
 _CAPTION = 12

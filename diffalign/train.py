@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from diffalign import card
 from diffalign import checkpoint as disk
 from diffalign.assemble import Parts, assemble, claim_folder, follow, state_of
-from diffalign.config import OptimizerSettings, TrainConfig, dump
+from diffalign.config import dump
 from diffalign.data.batches import stream
 from diffalign.errors import RunError
 from diffalign.fit import NotFinite, StepReport, fit
@@ -24,6 +24,7 @@ from diffalign.logbook import Logbook
 from diffalign.models.save import export_full, export_lora
 from diffalign.progress import bar
 from diffalign.rounds import Phase, phases
+from diffalign.settings import OptimizerSettings, TrainConfig
 from diffalign.types import RunningMean
 from diffalign.validation import better, check_measure, movement, validate
 

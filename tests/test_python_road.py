@@ -43,7 +43,8 @@ def test_a_reward_is_a_function_of_images_and_prompts():
 
 
 def test_a_config_may_be_a_table_a_file_or_a_name(tmp_path):
-    from diffalign.config import TrainConfig, load
+    from diffalign.config import load
+    from diffalign.settings import TrainConfig
 
     assert isinstance(load("tiny_sd_diffusion_dpo"), TrainConfig)
     with pytest.raises(InputError, match="overrides must come with a config file or name"):

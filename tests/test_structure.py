@@ -18,7 +18,7 @@ LAYERS = [
     ("models", "checkpoint", "environment"),
     ("methods", "rewards", "data"),
     ("evaluate", "fit", "validation", "logbook"),
-    ("config",),
+    ("settings", "checks", "config"),
     ("card", "grids", "assemble"),
     ("pool",),
     ("rounds",),

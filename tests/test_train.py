@@ -300,7 +300,7 @@ def test_the_model_card_says_what_it_is(world, tmp_path):
     ],
 )
 def test_the_learning_rate_follows_its_schedule(settings, expected):
-    from diffalign.config import OptimizerSettings
+    from diffalign.settings import OptimizerSettings
     from diffalign.train import lr_factor
 
     got = [lr_factor(OptimizerSettings(lr=1.0, **settings), step, 8) for step in range(8)]

@@ -1,0 +1,152 @@
+"""The sections of a run's config: frozen dataclasses, some of which belong to the parts that use them."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffalign.data.selfsampled import RoundSettings
+from diffalign.data.sources import PairSource
+from diffalign.models.load import ModelSource
+from diffalign.models.lora import LoraSettings
+from diffalign.paths import TimestepSampling
+from diffalign.types import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(PairSource):
+    """Preference data, how images are made to fit, and where their encodings are kept."""
+
+    resolution: int | None = None
+    """Side in pixels; None takes the model's own."""
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    """Mirror pairs at random; falsifies captions that name a side."""
+    variants: int = 1
+    """Random variants of each pair in the cache, with random crop or flip."""
+    prompt_dropout: float = 0.0
+    """Probability that a pair trains with the empty prompt (Diffusion-DPO: 0.2)."""
+    latents: Literal["sample", "mean"] = "sample"
+    """Draw latents from the VAE's posterior at every step, or take its mean."""
+    swap_labels: bool = False
+    """Winners and losers change places, with their scores; good and bad images too (Diffusion-NPO trains so)."""
+    positive_ratio: float | None = None
+    """For methods on labelled images: probability that a sample is a good one, drawn with replacement (Diffusion-KTO:
+    0.8); None takes every image once an epoch."""
+    cache: str | bool = True
+    """Folder of the cache; true takes `cache` in the run's folder, false encodes at every step."""
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    """How VAE moments are stored."""
+    encode_batch_size: int = 8
+    """Images or prompts that are encoded at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The loop."""
+
+    steps: int
+    """Optimizer steps; may grow on resume."""
+    batch_size: int = 1
+    """Pairs (or images) per device and forward."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step; batch_size x accumulate x processes is the global batch size."""
+    trainable: Literal["lora", "full"] = "lora"
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision of the forward passes; trained weights, errors and losses stay float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    max_grad_norm: float = 1.0
+    ema_decay: float | None = None
+    """Keep a moving average of the trained weights, and export it."""
+    reference: Literal["none", "start", "ema"] | None = None
+    """The policy as it started, or a moving average of it; None is what the method chooses."""
+    reference_decay: float | None = None
+    """Decay of a moving reference per optimizer step; None takes 0.995."""
+    log_every: int = 1
+    """Steps from one line of metrics.jsonl to the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW and its learning rate."""
+
+    lr: float
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or down to 0 at the last step."""
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """Held-out pairs: the method's own loss and metrics at fixed noise, in every decile of the noise range."""
+
+    every: int
+    """Optimizer steps from one validation to the next."""
+    fraction: float = 0.05
+    """Share of the prompts that is held out, with all their pairs."""
+    pairs: int = 64
+    """At most so many held-out pairs are used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """How often a run can be resumed from."""
+
+    every: int = 500
+    """Optimizer steps from one checkpoint to the next; the last step is always one."""
+    keep_last: int = 2
+    best: str | None = None
+    """Held-out measure, such as "rewards/accuracies" or "loss", whose best checkpoint is kept and exported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Pictures of fixed prompts at fixed seeds while training goes on."""
+
+    every: int
+    """Optimizer steps from one grid to the next."""
+    prompts: tuple[str, ...]
+    steps: int = 20
+    guidance: float = 7.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """What is handed out at the end."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of full weights; a LoRA stays float32."""
+    push_to_hub: str | None = None
+    """Hub id to upload the export to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run, whole."""
+
+    output: str
+    """Folder of the run."""
+    seed: int = 0
+    resume: str = "never"
+    """"never", "latest", or the name of a checkpoint ("step-500") in the run's folder."""
+    track: tuple[str, ...] = ()
+    """Trackers by accelerate's names, such as "tensorboard" or "wandb"."""
+    model: ModelSource
+    data: DataSettings
+    method: Method
+    train: TrainSettings
+    optimizer: OptimizerSettings
+    timesteps: TimestepSampling | None = None
+    """None is the family's own: uniform for DDPM, logit-normal for flow."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    validation: ValidationSettings | None = None
+    samples: SampleSettings | None = None
+    rounds: RoundSettings | None = None
+    """Where the method needs them: the losers of a round are sampled before it."""
+    export: ExportSettings = field(default_factory=ExportSettings)
