@@ -4,6 +4,7 @@ A stage whose result is there is not made again.
 """
 
 import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -125,12 +126,21 @@ def make_prompts(out: Path) -> None:
 
 
 def make_preferences(out: Path, family: str) -> None:
+    from diffalign.data.pairs import PairReader
+    from diffalign.data.rewrite import score_pairs
+    from diffalign.data.sources import PairSource
+    from diffalign.rewards.clip import CLIPReward
     from diffalign.tiny import measure, preferences
 
     captions = preferences.training_captions(PAIRS, seed=61)
     images = measure.sample(out / family, family, captions, per_prompt=IMAGES_PER_PAIR)
     rows = preferences.make_rows(captions, images, model=f"tiny-{family}", person=preferences.Person(), seed=62)
-    preferences.write_rows(rows, out / "preferences" / f"{family}.parquet")
+    file = out / "preferences" / f"{family}.parquet"
+    with tempfile.TemporaryDirectory() as place:
+        unscored = Path(place) / "pairs.parquet"
+        preferences.write_rows(rows, unscored)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        score_pairs(PairReader(PairSource(path=str(unscored))), CLIPReward(model=str(out / "clip")), file)
 
 
 def make_measurements(out: Path) -> None:
