@@ -46,6 +46,8 @@ BATCH = 32
 """Pairs an update: 32 winners for a method that takes winners alone, 64 images for one that takes images singly."""
 HELD_OUT = 0.06
 """Share of the prompts that no method trains on; their first pairs are measured."""
+VALIDATION_PAIRS = 8
+"""Of the run's own validation; errors are measured apart, on more pairs and in the same way for all."""
 COIN = 0
 """Seed of the labels drawn by lot."""
 
@@ -112,7 +114,7 @@ class Cell:
             "train.device=cpu",
             f"validation.every={STEPS}",
             f"validation.fraction={HELD_OUT}",
-            f"validation.pairs={measures.ERROR_PAIRS}",
+            f"validation.pairs={VALIDATION_PAIRS}",
             f"checkpoint.every={STEPS}",
         ]
         cfg = load(self.config, [*fixed, *self.row.changes, *self.changes])
