@@ -130,7 +130,7 @@ def markdown(models: Mapping[str, Any], absent: Sequence[str]) -> str:
         )
         parts += [f"\nDoes not beat base. {line}" for line in _beaten(found["rows"])]
         parts += [
-            f"\n{word}: {'; '.join(found[word.lower()])}." for word in ("Missing", "Stale") if found[word.lower()]
+            f"\n{word} runs: {_grouped(found[word.lower()])}." for word in ("Missing", "Stale") if found[word.lower()]
         ]
         parts.append("")
     if absent:
@@ -214,6 +214,18 @@ def _beaten(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows
         if not row["beats_base"] and row["row"] != "shuffled"
     ]
+
+
+def _grouped(runs: Sequence[str]) -> str:
+    """Rows by the seeds that they lack, such as "seeds 1, 2: cpo, mapo"."""
+    seeds: dict[str, list[str]] = {}
+    for run in runs:
+        row, seed = run.split(", seed ")
+        seeds.setdefault(row, []).append(seed)
+    rows: dict[str, list[str]] = {}
+    for row, lacking in seeds.items():
+        rows.setdefault(", ".join(lacking), []).append(row)
+    return "; ".join(f"seed{'s' * (',' in which)} {which}: {', '.join(names)}" for which, names in rows.items())
 
 
 def _mean(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
