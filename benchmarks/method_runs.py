@@ -279,7 +279,6 @@ def measure(parts: Parts, cell: Cell) -> dict[str, Any]:
     """Everything about the exported weights, which the network holds after the export."""
     began = clocks()
     source, model, prompts = parts.cfg.model, cell.model, measures.captions(cell.seed_of_prompts)
-    parts.net.eval()
     held = measures.pair_batch(load_file(CACHE / model / "pairs.safetensors"))
     base = replace(parts.policy, net=load_net(source, parts.family))
     moved = measures.movement(parts.policy, base, held)

@@ -350,7 +350,7 @@ def state_of(parts: Parts, step: int, metrics_offset: int, rewards: RunningMean)
         state={
             "metrics_offset": metrics_offset,
             "best": asdict(parts.best),
-            "rewards": asdict(rewards),
+            "rewards": rewards.numbers(),
             "scaler": None if scaler is None else scaler.state_dict(),
         },
     )

@@ -138,7 +138,7 @@ def nca_pair(implicit_w: Float[Tensor, " b"], implicit_l: Float[Tensor, " b"]) -
 
 
 def bco_pair(
-    implicit_w: Float[Tensor, " b"], implicit_l: Float[Tensor, " b"], *, delta: float = 0.0
+    implicit_w: Float[Tensor, " b"], implicit_l: Float[Tensor, " b"], *, delta: Float[Tensor, ""] | float = 0.0
 ) -> Float[Tensor, " b"]:
     """A classifier of good and bad with its threshold at `delta`: winners above, losers below; 2 log 2 there.
 

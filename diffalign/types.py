@@ -107,19 +107,23 @@ def alone(total: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RunningMean:
-    """Mean of everything that was added, kept as sum and count; 0 while there is nothing."""
+    """Mean of everything that was added, kept as sum and count; 0 while there is nothing. Never waits for a device."""
 
-    total: float = 0.0
-    count: float = 0.0
+    total: Float[Tensor, ""] | float = 0.0
+    count: Float[Tensor, ""] | float = 0.0
 
     @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else 0.0
+    def mean(self) -> Float[Tensor, ""] | float:
+        return self.total / self.count if isinstance(self.count, Tensor) or self.count else 0.0
+
+    def numbers(self) -> dict[str, float]:
+        """Sum and count for a checkpoint; waits for the device."""
+        return {"total": float(self.total), "count": float(self.count)}
 
     def add(self, values: Float[Tensor, " n"], reduce: Callable[[Tensor], Tensor] = alone) -> "RunningMean":
-        """With the values of every process added; synchronises."""
+        """With the values of every process added."""
         both = torch.stack([values.detach().double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
-        total, count = reduce(both).tolist()
+        total, count = reduce(both)
         return RunningMean(self.total + total, self.count + count)
 
 

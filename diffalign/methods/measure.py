@@ -5,6 +5,7 @@ Winner and loser share t and noise, which cancels what the errors have in common
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float, Shaped
@@ -256,7 +257,7 @@ def pair_step(
     rewards = None
     chosen = link
     if losses.follows_mean(link):
-        chosen = losses.link("bco_pair", delta=shared.rewards.mean)
+        chosen = partial(losses.bco_pair, delta=shared.rewards.mean)
         rewards = shared.rewards.add(torch.cat([implicit_w, implicit_l]), shared.reduce)
     if scores is None:
         loss = chosen(implicit_w, implicit_l)
