@@ -114,7 +114,12 @@ def entanglement(policy: Any, batch: PairBatch, rng: SampleRng) -> dict[str, flo
     with torch.enable_grad():
         e = pair_errors(policy, None, batch, rng)
         grads = [
-            torch.cat([g.flatten().float() for g in torch.autograd.grad(err.mean(), chosen, retain_graph=keep)])
+            torch.cat(
+                [
+                    g.flatten().float()
+                    for g in torch.autograd.grad(err.mean(), chosen, retain_graph=keep, materialize_grads=True)
+                ]
+            )
             for err, keep in ((e.err_w, True), (e.err_l, False))
         ]
     norms = [g.norm().item() for g in grads]
