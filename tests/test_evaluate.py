@@ -221,6 +221,7 @@ def test_prompts_may_lie_in_metadata_or_beside_the_images(tmp_path):
 def test_components_have_their_own_columns_and_what_is_not_valid_is_nan(tmp_path):
     class Picky:
         name, version, requires, range = "picky", "1", frozenset({"images"}), (0.0, 1.0)
+        modality, differentiable, licence = "image", False, "-"
 
         def score(self, batch: RewardBatch) -> RewardOutput:
             values = batch.images.mean((1, 2, 3))

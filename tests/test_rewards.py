@@ -362,6 +362,7 @@ def plugins(tmp_path, monkeypatch):
                 version = "1"
                 requires = frozenset({"images"})
                 range = (0.0, 1.0)
+                modality, differentiable, licence = "image", False, "-"
 
                 def __init__(self, model="plain", weight=1.0):
                     self.model, self.weight = model, weight
@@ -369,6 +370,12 @@ def plugins(tmp_path, monkeypatch):
                 def score(self, batch):
                     from diffalign.types import RewardOutput
                     return RewardOutput(scores=self.weight * batch.images[:, 0].mean((1, 2)))
+
+            class Terse:
+                name, version, requires, range, differentiable = "terse", "1", frozenset(), (0, 1), False
+
+                def score(self, batch):
+                    return None
 
             def length(images, prompts):
                 return [float(len(p)) for p in prompts]
@@ -440,3 +447,8 @@ def test_moving_a_reward_moves_its_network_and_leaves_others_alone(parts):
     rewards.move(clip, "cpu")
     rewards.move(OracleReward(), "cpu")
     assert clip.encoder.device == torch.device("cpu")
+
+
+def test_a_reward_that_does_not_say_what_it_is_is_refused(plugins):
+    with pytest.raises(InputError, match=r"must declare differentiable, licence, .* got one without licence, modality"):
+        rewards.load("painted:Terse")

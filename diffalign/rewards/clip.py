@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from diffalign.errors import InputError
 from diffalign.progress import loading
-from diffalign.rewards.inputs import check_batch
+from diffalign.rewards.inputs import images_of
 from diffalign.shipped import MODELS, resolve
-from diffalign.types import RewardBatch, RewardOutput
+from diffalign.types import Embedded, Modality, RewardBatch, RewardOutput
 
 DEFAULT_MODEL = "openai/clip-vit-large-patch14"
 
@@ -44,6 +44,8 @@ class CLIPParts:
 
 class CLIPEncoder:
     """Unit embeddings of images and prompts; weights are read at the first use, from safetensors only."""
+
+    modality: Modality = "image"
 
     def __init__(
         self,
@@ -100,6 +102,16 @@ class CLIPEncoder:
             self.parts.net.to(self.device)
         return self
 
+    def embed(self, batch: RewardBatch) -> Embedded:
+        """One unit row an image."""
+        images = images_of(batch, self.version, frozenset())
+        return Embedded(rows=self.embed_images(images), counts=(1,) * len(images))
+
+    def embed_with_graph(self, batch: RewardBatch) -> Embedded:
+        """One unit row an image, by the tensor front end."""
+        images = images_of(batch, self.version, frozenset())
+        return Embedded(rows=self.embed_images_with_graph(images), counts=(1,) * len(images))
+
     @torch.no_grad()
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Unit embeddings by the reference front end, without gradient; 0 where the model's embedding is 0."""
@@ -146,6 +158,9 @@ class CLIPReward:
 
     name = "clip"
     requires = frozenset({"images", "prompts"})
+    modality: Modality = "image"
+    differentiable = True
+    licence = "MIT (weights of OpenAI and LAION)"
 
     def __init__(
         self,
@@ -180,14 +195,14 @@ class CLIPReward:
     @torch.no_grad()
     def score(self, batch: RewardBatch) -> RewardOutput:
         """Scores by the reference front end, on the images' device."""
-        check_batch(batch, self.name, self.requires)
-        cos = self._cos(self.encoder.embed_images(batch.images), batch)
+        images = images_of(batch, self.name, self.requires)
+        cos = self._cos(self.encoder.embed_images(images), batch)
         return RewardOutput(scores=self._factor * cos, raw={"cos": cos})
 
     def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, " b"]:
         """Scores by the tensor front end, with gradient to the images."""
-        check_batch(batch, self.name, self.requires)
-        return self._factor * self._cos(self.encoder.embed_images_with_graph(batch.images), batch)
+        images = images_of(batch, self.name, self.requires)
+        return self._factor * self._cos(self.encoder.embed_images_with_graph(images), batch)
 
     @property
     def _factor(self) -> float:
