@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable  # 3.11's own isinstance runs properties, which read weights
 
 Modality = Literal["image", "audio"]
 
