@@ -88,7 +88,6 @@ class ImageSimilarityReward:
         means = torch.stack([rows.mean(0) for rows in known.split([len(held) for held in references])])
         return (F.normalize(embedded.rows, dim=1) * means.to(embedded.rows.device)).sum(1)
 
-    @torch.no_grad()
     def _embedded(self, images: Sequence[Float[Tensor, "3 _ _"]]) -> Float[Tensor, "n d"]:
         """Unit rows of references; each distinct image is embedded once, those of one size together."""
         keys = [_key(image) for image in images]
