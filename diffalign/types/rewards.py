@@ -114,7 +114,10 @@ class Embedded:
 
 @runtime_checkable
 class MediaEncoder(Protocol):
-    """Turns images or audio into embeddings, for sets and similarities."""
+    """Turns images or audio into embeddings, for sets and similarities.
+
+    Nothing that it declares may need the weights: checking an object against this protocol looks at each attribute.
+    """
 
     @property
     def version(self) -> str:
@@ -123,11 +126,6 @@ class MediaEncoder(Protocol):
 
     @property
     def modality(self) -> Modality: ...
-
-    @property
-    def width(self) -> int:
-        """Elements of a row."""
-        ...
 
     def embed(self, batch: RewardBatch) -> Embedded:
         """Rows by the reference preprocessing, without gradient, float32, on the media's device."""
@@ -151,7 +149,11 @@ class SetOutput:
 
 @runtime_checkable
 class SetReward(Protocol):
-    """A reward of a whole set of samples, against a reference set or by itself."""
+    """A reward of a whole set of samples, against a reference set or by itself.
+
+    Where a reward is given a way to gather rows over processes, each process brings its share of the batches to
+    `fit_reference` and `score_set`, all must call them, and all get the whole set's number.
+    """
 
     @property
     def name(self) -> str: ...
@@ -188,6 +190,10 @@ class SetReward(Protocol):
 
     def score_set(self, batches: Iterable[RewardBatch]) -> SetOutput:
         """The number of the set that the batches make up together."""
+        ...
+
+    def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, ""]:
+        """The number of the set that one batch is, with gradient to its media."""
         ...
 
     def credit(self, batch: RewardBatch, mode: Credit = "loo") -> Float[Tensor, " b"]:
