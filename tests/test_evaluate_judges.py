@@ -28,6 +28,7 @@ def test_turning_the_pairs_round_changes_no_accuracy():
 def test_three_way_credit_by_hand():
     # differences of probability: 0.462, -0.462, 0, -0.462, 0.462
     assert judges.three_way_accuracy(FIRST, SECOND, LABELS, threshold=0.4) == pytest.approx((1 + 0 + 0.5 + 0.5 + 1) / 5)
+    assert judges.three_way_accuracy(FIRST, SECOND, LABELS, threshold=0.0) == pytest.approx((1 + 0 + 0.5 + 0.5 + 1) / 5)
     assert judges.three_way_accuracy(FIRST, SECOND, LABELS, threshold=0.5) == pytest.approx((4 * 0.5 + 1) / 5)
     assert judges.three_way_accuracy(FIRST, SECOND, LABELS, threshold=1.0) == pytest.approx((4 * 0.5 + 1) / 5)
 
