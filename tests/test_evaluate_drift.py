@@ -119,3 +119,5 @@ def test_two_models_see_the_same_noise_and_another_seed_gives_other_noise():
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).min() > 0
     assert len(np.unique(first)) == 6
+    twice = drift.denoising_errors(toys.toy(), batch.x_w, batch.cond, levels=(0.5, 0.5))
+    assert np.abs(twice[:, 0] - twice[:, 1]).min() > 0  # each level has noise of its own
