@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from diffalign.evaluate.store import write_whole
+
 VERSION = 2
 PROTOCOL = "p2-paired-v1"
 
@@ -265,8 +267,8 @@ def to_table(results: Results) -> dict[str, Any]:
 
 
 def write_results(results: Results, file: Path) -> None:
-    """Writes results.json."""
-    file.write_text(json.dumps(to_table(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Writes results.json, whole or not at all."""
+    write_whole(file, (json.dumps(to_table(results), indent=1, allow_nan=False) + "\n").encode())
 
 
 def direction(measured: Measured) -> Literal["better", "worse", "open"]:
