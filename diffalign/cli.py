@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -181,10 +181,10 @@ def evaluate(
     from diffalign.evaluate.arms import parse_arms
 
     settings = EvaluationSettings(
-        tier=cast(Any, tier), images_per_prompt=images_per_prompt, steps=steps, guidance=guidance,
+        tier=tier, images_per_prompt=images_per_prompt, steps=steps, guidance=guidance,
         sweep=tuple(sweep or ()), pairwise=pairwise, reference=reference,
-        dtype=dtype, batch_size=batch_size, device=device, fresh=fresh,
-        command=shlex.join(["diffalign", *COMMAND]),
+        dtype=dtype, batch_size=batch_size,
+        device=device, fresh=fresh, command=shlex.join(["diffalign", *COMMAND]),
     )  # fmt: skip
     named = (("labeller", labeller), ("trained_on", trained_on), ("held_out", held_out))
     roles = {name: role for role, names in named for name in names or []}

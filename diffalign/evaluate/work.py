@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from diffalign.evaluate.images import Plan, Studio, check_pairs, plan_of, take_o
 from diffalign.evaluate.judging import score_rows
 from diffalign.evaluate.processes import Processes, own_device
 from diffalign.evaluate.report import write_report
-from diffalign.evaluate.results import PROTOCOL, Comparison, Results, Sweep, write_results
+from diffalign.evaluate.results import PROTOCOL, Comparison, Results, Sweep, Tier, write_results
 from diffalign.evaluate.roles import assign
 from diffalign.evaluate.score import Table, write_table
 from diffalign.evaluate.settings import EvaluationSettings, Sampling, as_table, batch_size, sampling_of
@@ -95,7 +95,7 @@ class Work:
             arms=tuple(names),
             n_prompts=len(asked),
             n_seeds=self.settings.seeds,
-            tier=self.settings.tier,
+            tier=cast(Tier, self.settings.tier),
             comparisons=tuple(self._compare(table, *pair) for pair in self._pairs()),
             ratings=ratings(table, names, rewards, seed=self.settings.seed) if len(names) > 2 else (),
             sets=sets.score_sets(self.sets, table, self.folder, self.settings.reference) if self.sets else (),
