@@ -7,11 +7,12 @@ import pytest
 
 from diffalign import shipped
 from diffalign.config import load
+from diffalign.data.cards import card_file, pass_on, read_card
 from diffalign.errors import InputError
 from diffalign.evaluate.arms import Arm
 from diffalign.evaluate.comparison import Judge
 from diffalign.evaluate.results import RewardResult
-from diffalign.evaluate.roles import assign, card_file, read_card, read_runs
+from diffalign.evaluate.roles import assign, read_runs
 from diffalign.methods import METHODS
 from diffalign.rewards.clip import CLIPReward
 from diffalign.rewards.oracle import OracleReward
@@ -122,6 +123,17 @@ def test_a_card_beside_own_data_is_read_and_a_broken_one_is_named(tmp_path):
 def test_pairs_of_pick_a_pic_were_labelled_by_pickscores_teachers(tmp_path):
     [history] = read_runs(run(tmp_path / "a", data="yuvalkirstain/pickapic_v2"))
     assert [(s.spec, s.role) for s in history.seen] == [("pickscore", "labeller")]
+
+
+def test_a_card_is_passed_on_with_what_has_changed(tmp_path):
+    scored, relabelled = tmp_path / "scored.parquet", tmp_path / "relabelled.parquet"
+    pass_on("yuvalkirstain/pickapic_v2", scored, scores="hpsv2")
+    [history] = read_runs(run(tmp_path / "a", "smpo", data=str(scored)))
+    assert {s.spec: s.role for s in history.seen} == {"pickscore": "labeller", "hpsv2": "trained_on"}
+    assert history.complete
+    pass_on(str(scored), relabelled, scores="hpsv2", labels="hpsv2")
+    [history] = read_runs(run(tmp_path / "b", data=str(relabelled)))
+    assert [(s.spec, s.role) for s in history.seen] == [("hpsv2", "labeller")]
 
 
 def test_every_method_says_whether_it_takes_scores_without_options():

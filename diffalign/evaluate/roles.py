@@ -1,10 +1,5 @@
-"""What training saw of the rewards: read from the configs of the runs that an evaluation compares, and from data cards.
+"""What training saw of the rewards: read from the configs of the runs that an evaluation compares, and data cards."""
 
-A data card is a JSON file beside preference data, `<name>.card.json`, that says by whose judgement the labels are
-(`labels`) and whose numbers the score columns hold (`scores`), each by the spec of a reward.
-"""
-
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from diffalign import rewards
-from diffalign.errors import InputError
+from diffalign.data.cards import read_card
 from diffalign.evaluate.arms import Arm, run_folder
 from diffalign.evaluate.comparison import Judge
 from diffalign.evaluate.results import Role
 from diffalign.methods import METHODS
-from diffalign.shipped import DATASETS, resolve
 from diffalign.types import Reward
 
 _PUBLISHED = {
@@ -91,29 +85,6 @@ def read_runs(run: Path) -> list[History]:
     return histories
 
 
-def read_card(data: str) -> dict[str, str]:
-    """What the card of preference data says; empty where there is none.
-
-    Raises:
-        InputError: It is not an object of texts.
-    """
-    file = card_file(Path(resolve(data, DATASETS)))
-    if not file.is_file():
-        return {}
-    try:
-        card: Any = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} must be JSON, got {error}") from error
-    if not isinstance(card, dict) or not all(isinstance(v, str) for v in card.values()):
-        raise InputError(f"{file} must be an object of texts, got {card!r}")
-    return card
-
-
-def card_file(data: Path) -> Path:
-    """Where the card of preference data lies."""
-    return data.with_name(f"{data.stem}.card.json") if data.suffix else data / "card.json"
-
-
 def _history(folder: Path, table: Mapping[str, Any]) -> History:
     data = str(table.get("data", {}).get("path", ""))
     method = str(table.get("method", {}).get("name", ""))
@@ -122,7 +93,7 @@ def _history(folder: Path, table: Mapping[str, Any]) -> History:
         reason = f"its judgement labelled {data}, on which {folder} was trained"
         seen.append(Seen(spec=card["labels"], role="labeller", reason=reason))
     for start, (spec, why) in _PUBLISHED.items():
-        if data.startswith(start):
+        if data.startswith(start) or ("labels" not in card and card.get("source", "").startswith(start)):
             seen.append(Seen(spec=spec, role="labeller", reason=f"{why}, on which {folder} was trained"))
     complete = bool(seen)
     if _takes_scores(table):
