@@ -15,7 +15,9 @@ from diffalign.denoisers import FAMILIES
 from diffalign.errors import InputError, RunError
 from diffalign.evaluate import EvaluationSettings, evaluate
 from diffalign.evaluate.arms import find_arms, parse_arms
+from diffalign.evaluate.generate import generate
 from diffalign.evaluate.images import plan_of
+from diffalign.evaluate.score import write_image
 from diffalign.evaluate.settings import batch_size, sampling_of
 from diffalign.types import FunctionReward, RewardBatch, SetOutput
 from tests.builders import tiny_sd_pipeline
@@ -329,3 +331,21 @@ def test_a_reference_is_asked_for_where_one_is_needed_and_only_there(three, tmp_
         compare_folders(base, base, tmp_path, settings=replace(QUICK, reference="x.safetensors"))
     with pytest.raises(InputError, match="of single images, got spread of sets alone"):
         compare_folders(base, base, tmp_path, rewards=[Spread()])
+
+
+@pytest.mark.slow
+def test_one_model_with_other_seeds_is_no_better_and_no_worse_than_itself(tmp_path):
+    prompts = [f"a picture of thing {i}" for i in range(60)]
+    pipeline, many = tiny_sd_pipeline(), PromptSet(name="x", prompts=prompts, metadata=[{}] * 60)
+    made = generate(pipeline, FAMILIES["sd"], prompts, images_per_prompt=2, steps=2, guidance=2.0, batch_size=16)
+    for item in made:
+        folder = tmp_path / f"seed-{item.k}"
+        folder.mkdir(exist_ok=True)
+        write_image(item.image, folder / f"{item.prompt_index:05d}-0.png")
+    found = compare_folders(
+        str(tmp_path / "seed-0"), str(tmp_path / "seed-1"), tmp_path, prompts=many, rewards=[BRIGHT, RED],
+        settings=replace(QUICK, images_per_prompt=1),
+    )  # fmt: skip
+    for measured in found["comparisons"][0]["rewards"].values():
+        assert measured["ci_low"] < 0.5 < measured["ci_high"]
+        assert measured["tie_share"] < 0.1
