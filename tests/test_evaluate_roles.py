@@ -159,3 +159,11 @@ def test_shipped_configs_have_histories(tmp_path):
 
 def test_the_reason_has_its_place_in_the_results():
     assert RewardResult.__dataclass_fields__["role_reason"].default == "declared"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_reward_that_labelled_one_arm_and_drove_the_other_was_trained_on(tmp_path, order):
+    data = tmp_path / "mine.parquet"
+    card_file(data).write_text(json.dumps({"labels": "clip:tiny-clip", "scores": "oracle"}))
+    runs = run(tmp_path / "a"), run(tmp_path / "b", "smpo", data=str(data))
+    assert roles(*(runs[i] for i in order))["oracle"][0] == "trained_on"
