@@ -310,7 +310,23 @@ def test_the_command_line_has_not_changed():
     assert words(group) == {
         "demo": [],
         "env": [],
-        "evaluate": sorted([*made, "aligned", "base", "held_out", "labeller", "reward", "trained_on"]),
+        "evaluate": sorted(
+            [
+                *made,
+                "aligned",
+                "base",
+                "dtype",
+                "fresh",
+                "held_out",
+                "labeller",
+                "pairwise",
+                "reference",
+                "reward",
+                "sweep",
+                "tier",
+                "trained_on",
+            ]
+        ),
         "export": ["base", "model", "out_dir"],
         "list": [],
         "sample": sorted([*made, "base", "model"]),

@@ -142,14 +142,16 @@ def python_call(results: Results, folder: Path) -> str:
     rewards = results.comparisons[0].rewards
     roles = {name: r.role for name, r in rewards.items() if r.role_declared}
     known = ("images_per_prompt", "steps", "guidance", "batch_size", "device", "dtype", "seed")
+    others = [results.models[arm]["spec"] for arm in results.arms[1:]]
+    aligned = repr(others[0]) if len(others) == 1 else repr(dict(zip(results.arms[1:], others, strict=True)))
     settings = ", ".join(f"{name}={results.settings[name]!r}" for name in known)
     return "\n".join(
         [
             "from diffalign.evaluate import EvaluationSettings, evaluate",
             "",
             "evaluate(",
-            f"    {results.models['base']['spec']!r},",
-            f"    {results.models['aligned']['spec']!r},",
+            f"    {results.models[results.arms[0]]['spec']!r},",
+            f"    {aligned},",
             f"    {str(folder / 'prompts.jsonl')!r},",
             f"    rewards={[r.spec for r in rewards.values()]!r},",
             f"    roles={roles!r},",
@@ -184,7 +186,8 @@ def _by_role(comparison: Comparison) -> dict[str, Any]:
 
 def _schedulers(results: Results) -> list[str]:
     """Keys in which the arms' samplers differ, as words; equal samplers are the protocol."""
-    one, two = (results.models[arm]["scheduler"] for arm in results.arms)
+    arms = results.comparisons[0].against, results.comparisons[0].arm
+    one, two = (results.models[arm]["scheduler"] for arm in arms)
     return [f"{k}: {one.get(k)!r} and {two.get(k)!r}" for k in sorted({*one, *two}) if one.get(k) != two.get(k)]
 
 
