@@ -1,6 +1,5 @@
 """The image front end: transformers, torchvision and Pillow as oracles, both roads against each other, the guards."""
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,22 +15,9 @@ from diffalign.rewards.frontend import (
     check_pixels,
     quantise,
 )
+from tests.pointwise import waves
 
 CLIP = FrontEnd(224)
-
-
-def waves(height: int, width: int, count: int = 1) -> torch.Tensor:
-    """Smooth pictures: sums of sinusoids in [0.1, 0.9]."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[0:height, 0:width] / height
-    pictures = [
-        [
-            0.5 + sum(0.1 * np.sin(2 * np.pi * (a * x + b * y) + c) for a, b, c in rng.uniform(0, 8, (4, 3)))
-            for _ in range(3)
-        ]
-        for _ in range(count)
-    ]
-    return torch.tensor(np.array(pictures), dtype=torch.float32)
 
 
 def noise(height: int, width: int) -> torch.Tensor:
