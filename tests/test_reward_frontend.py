@@ -128,6 +128,14 @@ def test_quantise_has_the_value_of_the_8_bit_image_and_the_gradient_of_the_unrou
     torch.testing.assert_close(images.grad, 2 * rounded.detach())
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_sharp_edges_do_not_overshoot(quantised):
+    front, edges = FrontEnd(64), (torch.arange(90) // 9 % 2 * 1.0).expand(1, 3, 90, 90)
+    pixels = front.differentiable(edges, quantised=quantised)
+    assert (pixels.min().item(), pixels.max().item()) == pytest.approx(front.range)
+    assert differences(front, edges, quantised=quantised)[0] < 0.002
+
+
 @pytest.mark.parametrize("resize", ["shortest", "longest", "stretch"])
 @pytest.mark.parametrize("quantised", [False, True])
 def test_gradient_reaches_every_pixel_that_is_not_cropped(resize, quantised):

@@ -15,7 +15,7 @@ from diffalign.rewards.frontend import CLIP_MEAN, CLIP_STD, FrontEnd
 from diffalign.rewards.hpsv2 import HPSv2Reward, benchmark, build
 from diffalign.rewards.openclip import OpenCLIPEncoder, OpenCLIPParts
 from diffalign.types import DifferentiableReward, RewardBatch
-from tests.pointwise import PROMPTS, batch_of, check_gradient, check_independence, waves
+from tests.pointwise import PROMPTS, batch_of, check_full_size, check_gradient, check_independence, filled, waves
 from tests.tiny_openclip import CONFIG, tiny_net, tiny_openclip
 
 FRONT = FrontEnd(32, "longest", resized_as="floats")
@@ -183,11 +183,9 @@ def test_the_benchmark_is_the_mean_and_spread_of_ten_block_means():
 
 @pytest.mark.slow
 def test_hpsv2_at_full_size(tmp_path):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+    net = filled(lambda: open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")))
     state = {name: value.half() for name, value in net.state_dict().items()}
-    assert len(state) == 675
+    assert len(state) == 12 * (32 + 24) + 8 + 6  # layers, the rest of the image tower, the rest of the text tower
     assert state["visual.proj"].shape == (1280, 1024)
     assert state["text_projection"].shape == (1024, 1024)
     assert state["visual.positional_embedding"].shape == (257, 1280)
@@ -196,14 +194,8 @@ def test_hpsv2_at_full_size(tmp_path):
     torch.save({"state_dict": state}, file)
     del state
     reward = HPSv2Reward(str(file))
-    images = waves(512, 384, 2).requires_grad_()
-    batch = RewardBatch(images=images, prompts=PROMPTS[:2])
-    graph = reward.differentiable_score(batch)
-    graph.sum().backward()
+    check_full_size(reward, 100, 512, 384)
     file.unlink()
-    assert images.grad.isfinite().all()
-    assert (images.grad.abs().amax((1, 2, 3)) > 0).all()
-    torch.testing.assert_close(graph.detach(), reward.score(batch).scores, atol=0.2, rtol=0)
 
 
 def test_building_takes_the_tensors_over_and_leaves_nothing_empty(monkeypatch):

@@ -14,7 +14,7 @@ from diffalign.rewards import openclip
 from diffalign.rewards.frontend import CLIP_MEAN, HALF, FrontEnd
 from diffalign.rewards.openclip import OpenCLIPEncoder, OpenCLIPParts, OpenCLIPReward, front_of, wants_quick_gelu
 from diffalign.types import DifferentiableReward, RewardBatch
-from tests.pointwise import PROMPTS, batch_of, check_gradient, check_independence, waves
+from tests.pointwise import PROMPTS, batch_of, check_full_size, check_gradient, check_independence, filled, waves
 from tests.tiny_openclip import register, tiny_net, tiny_openclip
 
 
@@ -105,11 +105,12 @@ def test_the_constants_of_the_pretrained_config_are_honoured(tables):
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_the_reference_road_is_open_clips_own_transform(resize_mode, interpolation):
+@pytest.mark.parametrize("width", [101, 103])  # 43.09 and 43.95 columns where 150 rows become 64
+def test_the_reference_road_is_open_clips_own_transform(resize_mode, interpolation, width):
     from PIL import Image
 
     config = {"size": (64, 64), "mean": HALF, "std": HALF, "interpolation": interpolation, "resize_mode": resize_mode}
-    images = (waves(150, 101) * 255).round() / 255
+    images = (waves(150, width) * 255).round() / 255
     picture = Image.fromarray((images[0] * 255).round().byte().permute(1, 2, 0).numpy())
     expected = image_transform_v2(PreprocessCfg(**config), is_train=False)(picture)[None]
     torch.testing.assert_close(front_of(config).reference(images), expected, atol=1e-6, rtol=0)
@@ -184,9 +185,7 @@ def test_nothing_is_read_before_the_first_score(monkeypatch):
 
 @pytest.mark.slow
 def test_openclip_at_full_size():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+    net = filled(lambda: open_clip.CLIP(**open_clip.get_model_config("ViT-H-14")))
     assert sum(p.numel() for p in net.parameters()) == 986_109_441
     assert activations(net) == {torch.nn.GELU}
     parts = OpenCLIPParts(
@@ -194,10 +193,4 @@ def test_openclip_at_full_size():
     )
     reward = OpenCLIPReward(encoder=OpenCLIPEncoder(parts=parts))
     assert reward.encoder.width == 1024
-    images = waves(512, 512, 2).requires_grad_()
-    batch = RewardBatch(images=images, prompts=PROMPTS[:2])
-    graph = reward.differentiable_score(batch)
-    graph.sum().backward()
-    assert images.grad.isfinite().all()
-    assert (images.grad.abs().amax((1, 2, 3)) > 0).all()
-    torch.testing.assert_close(graph.detach(), reward.score(batch).scores, atol=0.2, rtol=0)
+    check_full_size(reward, 100)
