@@ -1,6 +1,5 @@
 """The image front end: transformers, torchvision and Pillow as oracles, both roads against each other, the guards."""
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,22 +15,9 @@ from diffalign.rewards.frontend import (
     check_pixels,
     quantise,
 )
+from tests.pointwise import waves
 
 CLIP = FrontEnd(224)
-
-
-def waves(height: int, width: int, count: int = 1) -> torch.Tensor:
-    """Smooth pictures: sums of sinusoids in [0.1, 0.9]."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[0:height, 0:width] / height
-    pictures = [
-        [
-            0.5 + sum(0.1 * np.sin(2 * np.pi * (a * x + b * y) + c) for a, b, c in rng.uniform(0, 8, (4, 3)))
-            for _ in range(3)
-        ]
-        for _ in range(count)
-    ]
-    return torch.tensor(np.array(pictures), dtype=torch.float32)
 
 
 def noise(height: int, width: int) -> torch.Tensor:
@@ -140,6 +126,14 @@ def test_quantise_has_the_value_of_the_8_bit_image_and_the_gradient_of_the_unrou
     assert torch.equal(rounded, (images.detach() * 255).round() / 255)
     (rounded**2).sum().backward()
     torch.testing.assert_close(images.grad, 2 * rounded.detach())
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_sharp_edges_do_not_overshoot(quantised):
+    front, edges = FrontEnd(64), (torch.arange(90) // 9 % 2 * 1.0).expand(1, 3, 90, 90)
+    pixels = front.differentiable(edges, quantised=quantised)
+    assert (pixels.min().item(), pixels.max().item()) == pytest.approx(front.range)
+    assert differences(front, edges, quantised=quantised)[0] < 0.002
 
 
 @pytest.mark.parametrize("resize", ["shortest", "longest", "stretch"])
