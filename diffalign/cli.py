@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffalign.cli_data import data_app
+from diffalign.cli_serve import serve_reward
 from diffalign.errors import InputError, RunError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.command("serve-reward")(serve_reward)
 out = Console()
 COMMAND = sys.argv[1:]
 """What was typed, for a report to repeat."""

@@ -22,6 +22,7 @@ from diffalign.rewards.oracle import OracleReward
 from diffalign.tiny import oracle, scenes
 from diffalign.types import FunctionReward, RewardBatch
 from tests.builders import save_clip, tiny_clip
+from tests.loopback import Said, scripted
 
 PROMPTS = ["a red circle", "two blue squares on a table", "a red circle", "fog"]
 
@@ -494,9 +495,11 @@ def test_a_wrong_reward_ends_in_one_line(plugins, spec, options, message):
 def test_the_declared_rewards_exist(tmp_path):
     save_file(head_state([16, 4, 1], [0, 2]), tmp_path / "head.safetensors")
     declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    for name, place in declared["project"]["entry-points"]["diffalign.rewards"].items():
-        options = {"model": str(tmp_path / "head.safetensors")} if name == "aesthetic" else {}
-        assert rewards.load(place, **options).name == name
+    with scripted(lambda asked: Said({})) as server:
+        models = {"aesthetic": str(tmp_path / "head.safetensors"), "http": server.url}
+        for name, place in declared["project"]["entry-points"]["diffalign.rewards"].items():
+            options = {"model": models[name]} if name in models else {}
+            assert rewards.load(place, **options).name == name
 
 
 def test_moving_a_reward_moves_its_network_and_leaves_others_alone(parts):
