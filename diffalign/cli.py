@@ -170,6 +170,7 @@ def evaluate(
     guidance: Guidance = None,
     sweep: Annotated[list[float] | None, typer.Option(help="A guidance to compare at too; repeat it.")] = None,
     pairwise: Annotated[bool, typer.Option("--pairwise", help="Compare every arm with every other.")] = False,
+    encoder: Annotated[str | None, typer.Option(help="Encoder for diversity, drift and checks.")] = None,
     reference: Annotated[str | None, typer.Option(help="Reference set, for rewards of sets that need one.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the models: float32, float16 or bfloat16.")] = "float32",
     batch_size: ModelBatch = None,
@@ -184,7 +185,7 @@ def evaluate(
 
     settings = EvaluationSettings(
         tier=tier, images_per_prompt=images_per_prompt, steps=steps, guidance=guidance,
-        sweep=tuple(sweep or ()), pairwise=pairwise, reference=reference,
+        sweep=tuple(sweep or ()), pairwise=pairwise, encoder=encoder, reference=reference,
         dtype=dtype, batch_size=batch_size,
         device=device, fresh=fresh, command=shlex.join(["diffalign", *COMMAND]),
     )  # fmt: skip

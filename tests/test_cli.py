@@ -319,6 +319,7 @@ def test_the_command_line_has_not_changed():
                 "aligned",
                 "base",
                 "dtype",
+                "encoder",
                 "fresh",
                 "held_out",
                 "labeller",

@@ -31,6 +31,8 @@ class EvaluationSettings:
     """Guidances at which all arms are compared too, on the quick tier's prompts with one seed."""
     pairwise: bool = False
     """Compare every arm with every other, not only with the base."""
+    encoder: str | None = None
+    """Spec of the encoder by which images are compared for diversity, drift and checks; None takes a reward's own."""
     reference: str | None = None
     """File of the reference set, for rewards of sets that need one."""
     fresh: bool = False

@@ -12,6 +12,7 @@ from diffalign.data.prompts import PromptSet, quick_rows
 from diffalign.evaluate import preflight, sets, sweep
 from diffalign.evaluate.arms import Aligned, Arm, find_arms
 from diffalign.evaluate.comparison import Judge, compare, ratings
+from diffalign.evaluate.examine import Examiner, encoder_of
 from diffalign.evaluate.generate import latent_shape
 from diffalign.evaluate.images import Plan, Studio, check_pairs, plan_of, take_over, write_metadata
 from diffalign.evaluate.judging import score_rows
@@ -22,7 +23,8 @@ from diffalign.evaluate.roles import assign
 from diffalign.evaluate.score import Table, write_table
 from diffalign.evaluate.settings import EvaluationSettings, Sampling, as_table, batch_size, sampling_of
 from diffalign.models.load import ModelSource, detect_family, load_net_config, load_pipeline
-from diffalign.types import Reward, SetReward
+from diffalign.rewards import OnDevice, load_encoder
+from diffalign.types import MediaEncoder, Reward, SetReward
 
 FORMAT = 1
 """Of manifest.json and of the journals."""
@@ -39,6 +41,8 @@ class Work:
     rewards: tuple[Reward, ...]
     judges: tuple[Judge, ...]
     sets: Mapping[str, SetReward]
+    encoder: MediaEncoder | None
+    """That somebody named."""
     declared: Mapping[str, str]
     settings: EvaluationSettings
     sampling: Sampling | None
@@ -91,12 +95,15 @@ class Work:
         names = [arm.name for arm in self.arms]
         rewards = [judge.name for judge in self.judges]
         asked = self.plan.prompts
+        with_base = len(names) - 1
+        compared = [self._compare(table, *pair) for pair in self._pairs()]
+        compared[:with_base] = [self.examiner().examine(one, table) for one in compared[:with_base]]
         found = Results(
             arms=tuple(names),
             n_prompts=len(asked),
             n_seeds=self.settings.seeds,
             tier=cast(Tier, self.settings.tier),
-            comparisons=tuple(self._compare(table, *pair) for pair in self._pairs()),
+            comparisons=tuple(compared),
             ratings=ratings(table, names, rewards, seed=self.settings.seed) if len(names) > 2 else (),
             sets=sets.score_sets(self.sets, table, self.folder, self.settings.reference) if self.sets else (),
             sweep=self._summary(sweeps) if sweeps else None,
@@ -112,6 +119,18 @@ class Work:
         write_report(found, table, self.folder)
         write_results(found, self.folder / preflight.RESULTS_FILE)
         return found
+
+    def examiner(self) -> Examiner:
+        """What comparisons with the base are examined with."""
+        labels = preflight.labels_of(self.plan.prompts)
+        return Examiner(
+            prompts=self.plan.prompts.prompts,
+            strata=next(iter(labels.values()), None),
+            rewards=self.rewards,
+            encoder=self.encoder or encoder_of(self.rewards),
+            folder=self.folder,
+            seed=self.settings.seed,
+        )
 
     def manifest(self) -> dict[str, Any]:
         """What the images depend on."""
@@ -205,6 +224,9 @@ def prepare(
         batch = batch_size(settings.batch_size, latent_shape(load_net_config(first, family)))
     preflight.rehearse(plugins, asked, size)
     sets.prepare(of_sets, settings.reference, device)
+    named = None if settings.encoder is None else load_encoder(settings.encoder)
+    if isinstance(named, OnDevice):
+        named.to(device)
     preflight.check_arms(arms, settings.sweep)
     work = Work(
         arms=arms,
@@ -213,6 +235,7 @@ def prepare(
         rewards=tuple(plugins),
         judges=tuple(judges),
         sets=of_sets,
+        encoder=named,
         declared=dict(roles),
         settings=settings,
         sampling=sampling,

@@ -4,9 +4,10 @@ import importlib
 import importlib.metadata
 import inspect
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
+from typing_extensions import Protocol, runtime_checkable
 
 from diffalign.errors import InputError, near_match
 from diffalign.types import FunctionReward, MediaEncoder, Reward, RewardBatch, RewardOutput, SetReward
@@ -26,6 +27,14 @@ class OnDevice(Protocol):
     """A reward that holds a network, and so has a device."""
 
     def to(self, device: torch.device | str) -> "OnDevice": ...
+
+
+@runtime_checkable
+class Encoding(Protocol):
+    """A reward that holds an encoder of images, of their prompts too or of other media."""
+
+    @property
+    def encoder(self) -> Any: ...
 
 
 @runtime_checkable

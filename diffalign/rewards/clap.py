@@ -222,8 +222,9 @@ class CLAPReward:
     @property
     def range(self) -> tuple[float, float]:
         """Of any cosine on this scale; not bounded for "logit", whose factor is the model's."""
-        factor = SCALES[self.scale] or math.inf
-        return (-factor, factor)
+        chosen = SCALES[self.scale]
+        bound = math.inf if chosen.learned else chosen.factor
+        return (-bound, bound)
 
     def to(self, device: torch.device | str) -> "CLAPReward":
         self.encoder.to(device)
@@ -241,7 +242,8 @@ class CLAPReward:
 
     @property
     def _factor(self) -> float:
-        return SCALES[self.scale] or self.encoder.logit_scale
+        chosen = SCALES[self.scale]
+        return self.encoder.logit_scale if chosen.learned else chosen.factor
 
     def _cos(self, batch: RewardBatch) -> Float[Tensor, " b"]:
         check_batch(batch, self.name, self.requires)
