@@ -199,7 +199,7 @@ def test_gradient_is_its_closed_form_and_the_slope(n, m, d, route):
 
 def test_gradient_goes_to_both_sets_and_through_moments():
     x, y = draw(12, 3, 1).requires_grad_(), draw(15, 3, 2, shift=0.3).requires_grad_()
-    frechet_distance(x, y).backward()
+    frechet_distance(x, y, route="rows").backward()
     by_rows = x.grad.clone(), y.grad.clone()
     x.grad = y.grad = None
     frechet_distance(Moments.of(x), Moments.of(y)).backward()
@@ -357,6 +357,20 @@ def test_influence_is_leaving_out_to_first_order(counts):
         x = Embedded(rows=rows.repeat(times, 1), counts=counts * times)
         errors.append((leave_one_out(x, y) - influence(x, y)).abs().max().item())
     assert errors[1] < errors[0] / 40
+
+
+def test_influence_is_the_published_form_of_the_exact_change():
+    """2 (m_x - m_y)·dm + tr((I - T) dS), dm and dS those of the rows that are left."""
+    counts, rows, y = (3, 1, 4, 2), draw(10, 4, 1), Gaussian.of(draw(60, 4, 2, shift=0.3))
+    whole, half = Moments.of(rows), transport_half(rows, y)
+    slope = torch.eye(4, dtype=torch.float64) - half @ half.T
+    left = [whole.without(part) for part in rows.split(counts)]
+    expected = [
+        2 * (whole.mean - y.mean) @ (m.mean - whole.mean) + (slope @ (m.covariance - whole.covariance)).trace()
+        for m in left
+    ]
+    found = influence(Embedded(rows=rows, counts=counts), y)
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-12, rtol=1e-10)
 
 
 def test_a_far_sample_has_the_lowest_credit():

@@ -150,6 +150,15 @@ def test_a_sample_alone_is_scored_as_a_set(name):
         flat.credit(RewardBatch(images=SET[:3]), "self")
 
 
+@pytest.mark.parametrize("name", DISTANCES)
+def test_a_new_reference_leaves_nothing_of_the_old_one(name):
+    encoder, batch = PixelEncoder(6, frames=4), RewardBatch(images=SET[:3])
+    reward = fitted(name, encoder)
+    reward.credit(batch, "self")
+    reward.fit_reference(batches(SET[20:]))
+    torch.testing.assert_close(reward.credit(batch, "self"), fitted(name, encoder, SET[20:]).credit(batch, "self"))
+
+
 def test_credit_of_vendi_stays_within_a_prompt():
     reward = VendiReward(PixelEncoder())
     groups = [5, 2, 5, 2, 5]

@@ -78,7 +78,7 @@ def influence(x: Embedded, y: Gaussian) -> Float64[Tensor, " b"]:
 
     own = form(centred)
     shift = torch.stack([centred[piece].sum(0) for piece in pieces(x.counts)])
-    count = torch.tensor(x.counts, device=rows.device)
+    count = torch.tensor(x.counts, dtype=rows.dtype, device=rows.device)
     left = n - count
     taken = torch.stack([own[piece].sum() for piece in pieces(x.counts)]) + form(shift) / left
     mean_change = -2 / left * (shift @ (mean - y.mean))

@@ -232,7 +232,7 @@ class KernelSums:
 
     def _by_sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sums = [torch.stack([v[piece].sum() for piece in pieces(self.counts)]) for v in (self.xx, self.own, self.xy)]
-        return sums[0], sums[1], sums[2], torch.tensor(self.counts, device=self.xx.device)
+        return sums[0], sums[1], sums[2], torch.tensor(self.counts, dtype=self.xx.dtype, device=self.xx.device)
 
 
 def unit(rows: Float[Tensor, "n d"]) -> Float64[Tensor, "n d"]:

@@ -75,7 +75,7 @@ def influence(x: Embedded, q: float | int = 1.0) -> Float64[Tensor, " b"]:
     slopes = _slopes(values, q)
     seen = n * values * vectors.square() if n <= d else (unit_rows @ vectors).square()  # [N, r]: squares along each
     excess = seen @ slopes - values @ slopes
-    counts = torch.tensor(x.counts, device=unit_rows.device)
+    counts = torch.tensor(x.counts, dtype=unit_rows.dtype, device=unit_rows.device)
     return torch.stack([excess[piece].sum() for piece in pieces(x.counts)]) / (n - counts)
 
 
