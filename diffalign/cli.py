@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffalign.cli_data import data_app
-from diffalign.cli_serve import serve_reward
+from diffalign.cli_rewards import reference, serve_reward
 from diffalign.errors import InputError, RunError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command("serve-reward")(serve_reward)
+app.command("reference")(reference)
 out = Console()
 COMMAND = sys.argv[1:]
 """What was typed, for a report to repeat."""
@@ -250,7 +251,8 @@ def list_() -> None:
 
     rows = [("method", name, summary(cls)) for name, cls in METHODS.items()]
     rows += [("family", f.name, ", ".join(f.pipelines)) for f in FAMILIES.values()]
-    rows += [("reward", name, rewards.summary(name)) for name in rewards.names()]
+    for kind, of in (("reward", rewards.GROUP), ("set reward", rewards.SET_GROUP), ("encoder", rewards.ENCODER_GROUP)):
+        rows += [(kind, name, rewards.summary(name, of)) for name in rewards.names(of)]
     rows += [("config", file.stem, first_comment(file)) for file in sorted(shipped.configs().glob("*.toml"))]
     rows += [("model", name, "shipped") for name in shipped.MODELS]
     rows += [("data", name, "shipped") for name in shipped.DATASETS]

@@ -334,6 +334,7 @@ def test_the_command_line_has_not_changed():
         "export": ["base", "model", "out_dir"],
         "list": [],
         "sample": sorted([*made, "base", "model"]),
+        "reference": ["device", "images", "option", "out_file", "reward"],
         "score": ["batch_size", "device", "images", "out_file", "prompts", "reward"],
         "serve-reward": ["device", "host", "name", "option", "port"],
         "train": ["config", "overrides"],

@@ -100,3 +100,11 @@ def test_correlations_of_rewards_use_the_prompts_that_both_judged():
     assert matrix[0, 2] == pytest.approx(np.corrcoef(one[7:], other[7:])[0, 1])
     np.testing.assert_array_equal(matrix, matrix.T)
     assert np.isnan(matrix[3]).all()
+
+
+def test_swapping_the_images_and_the_labels_changes_no_three_way_accuracy():
+    rng = np.random.default_rng(0)
+    first, second, labels = rng.normal(size=200), rng.normal(size=200), rng.integers(0, 3, 200) / 2
+    for threshold in judges.THRESHOLDS:
+        swapped = judges.three_way_accuracy(second, first, 1 - labels, threshold=threshold)
+        assert judges.three_way_accuracy(first, second, labels, threshold=threshold) == pytest.approx(swapped)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from diffalign import cli, cli_serve, rewards
+from diffalign import cli, cli_rewards, rewards
 from diffalign.errors import InputError, RunError
 from diffalign.rewards import wire
 from diffalign.rewards.composite import CompositeReward, Part
@@ -671,7 +671,7 @@ def test_the_command_names_its_url_and_a_request_and_ends_cleanly(monkeypatch):
 
 def test_options_on_the_command_line_are_toml_or_text():
     given = ["scale=logit", "batch_size=4", "network.retries=0", "model=a=b"]
-    assert cli_serve.options(given) == {
+    assert cli_rewards.options(given) == {
         "scale": "logit",
         "batch_size": 4,
         "network": {"retries": 0},

@@ -9,11 +9,8 @@ from diffalign.errors import InputError
 from diffalign.rewards.clip import CLIPEncoder, CLIPParts
 from diffalign.rewards.pickscore import (
     PROCESSOR,
-    TIE_THRESHOLDS,
     PickScoreReward,
-    best_tie_threshold,
     preference_probability,
-    three_way_accuracy,
 )
 from diffalign.types import DifferentiableReward, RewardBatch
 from tests.builders import save_clip, tiny_clip, tiny_tokenizer
@@ -72,50 +69,6 @@ def test_a_difference_of_scores_is_a_logit(gap, probability):
     torch.testing.assert_close(preference_probability(a, b) + preference_probability(b, a), torch.ones(1))
     torch.testing.assert_close(preference_probability(a + 5, b + 5), preference_probability(a, b), atol=1e-5, rtol=0)
     torch.testing.assert_close(preference_probability(a, b), torch.stack([a, b], 1).softmax(1)[:, 0])
-
-
-@pytest.mark.parametrize("predicted", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("label", [1.0, 0.5, 0.0])
-def test_ties_earn_half_and_contradictions_nothing(predicted, label):
-    score_a = {1.0: 22.0, 0.5: 20.1, 0.0: 18.0}[predicted]
-    credit = 1.0 if predicted == label else 0.5 if 0.5 in (predicted, label) else 0.0
-    found = three_way_accuracy(torch.tensor([score_a]), torch.tensor([20.0]), torch.tensor([label]), tie_threshold=0.2)
-    assert found == credit
-
-
-def test_the_threshold_is_on_the_gap_of_probabilities_and_belongs_to_the_tie():
-    a, b, tie = torch.tensor([20.0 + math.log(3)]), torch.tensor([20.0]), torch.tensor([0.5])  # 3/4 against 1/4
-    assert three_way_accuracy(a, b, tie, tie_threshold=0.501) == 1
-    assert three_way_accuracy(a, b, tie, tie_threshold=0.499) == 0.5
-    same = torch.tensor([20.0])
-    assert three_way_accuracy(same, same, tie, tie_threshold=0.0) == 1
-    assert three_way_accuracy(a, b, torch.tensor([1.0]), tie_threshold=1.0) == 0.5  # then all is a tie
-
-
-def test_swapping_the_images_and_the_labels_changes_nothing():
-    rng = torch.Generator().manual_seed(0)
-    a, b = 20 + torch.randn(200, generator=rng), 20 + torch.randn(200, generator=rng)
-    label = torch.randint(0, 3, (200,), generator=rng) / 2
-    for threshold in TIE_THRESHOLDS:
-        swapped = three_way_accuracy(b, a, 1 - label, tie_threshold=threshold)
-        assert three_way_accuracy(a, b, label, tie_threshold=threshold) == pytest.approx(swapped)
-
-
-def test_the_best_threshold_is_found_among_the_authors():
-    gaps = torch.tensor([0.05, 0.15, 0.25, 0.35, 0.45, 0.55])  # of probabilities
-    a, b = ((1 + gaps) / (1 - gaps)).log(), torch.zeros(6)
-    label = torch.tensor([0.5, 0.5, 0.5, 1.0, 1.0, 1.0])
-    assert best_tie_threshold(a, b, label) == 0.3
-    assert three_way_accuracy(a, b, label, tie_threshold=0.3) == 1
-    assert best_tie_threshold(a, b, torch.ones(6)) == 0.0
-
-
-def test_other_labels_and_no_pairs_are_refused():
-    one = torch.ones(1)
-    with pytest.raises(InputError, match=r"0, 0\.5 or 1"):
-        three_way_accuracy(one, one, torch.tensor([2.0]), tie_threshold=0.1)
-    with pytest.raises(InputError, match="one or more pairs"):
-        three_way_accuracy(torch.zeros(0), torch.zeros(0), torch.zeros(0), tie_threshold=0.1)
 
 
 def vit_h_14() -> dict[str, object]:

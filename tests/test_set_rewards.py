@@ -1,6 +1,7 @@
 """Set rewards end to end: encoders, streams, reference files, processes, credit, and what they refuse."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from diffalign import rewards
 from diffalign.errors import InputError, RunError
+from diffalign.evaluate.score import write_image
 from diffalign.rewards.fad import FADReward, fad_infinity
 from diffalign.rewards.frechet import FrechetReward
 from diffalign.rewards.gaussians import Gaussian, frechet_distance
@@ -468,3 +470,38 @@ def test_what_is_written_can_be_read_by_others(tmp_path):
     moments = Moments.of(rows_of(REFERENCE))
     torch.testing.assert_close(held["factor"] @ held["factor"].T, moments.covariance, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(held["mean"], moments.mean, rtol=1e-12, atol=0)
+
+
+def test_a_reference_set_is_kept_by_one_command_and_serves_an_evaluation(tmp_path):
+    from typer.testing import CliRunner
+
+    from diffalign import cli, evaluate
+
+    rng, texts = torch.Generator().manual_seed(0), ["a scene", "another scene", "a third"]
+    for name, count in (("reference", 6), ("base", 3), ("arm", 3)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            write_image(torch.rand(3, 32, 32, generator=rng), tmp_path / name / f"{i:05d}-0.png")
+    spec, file = "frechet:clip:tiny-clip", tmp_path / "reference.safetensors"
+    asked = ["reference", str(tmp_path / "reference"), "--reward", spec, "--out", str(file), "--device", "cpu"]
+    done = CliRunner().invoke(cli.app, asked)
+    assert done.exit_code == 0, done.output
+    assert "6 images" in done.output
+    results = evaluate(
+        str(tmp_path / "base"),
+        str(tmp_path / "arm"),
+        texts,
+        rewards=[spec, "clip:tiny-clip"],
+        output=tmp_path / "out",
+        images_per_prompt=1,
+        device="cpu",
+        reference=str(file),
+    )
+    assert [(one.arm, one.samples) for one in results.sets] == [("base", 3), ("aligned", 3)]
+    assert all(one.score < 0 < one.raw["mean_term"] for one in results.sets)
+    for wrong, message in (
+        (["--reward", "vendi:clip:tiny-clip", "--out", str(file)], "needs a reference set"),
+        (["--reward", spec, "--out", str(tmp_path / "x.pt")], r"\.safetensors"),
+    ):
+        refused = CliRunner().invoke(cli.app, ["reference", str(tmp_path / "reference"), *wrong])
+        assert re.search(message, str(refused.exception))

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from diffalign.evaluate import stats
+from diffalign.evaluate.judges import reward_correlations
 from diffalign.evaluate.results import Comparison, Correlations, Measured, Rating, RewardResult, Role
 from diffalign.evaluate.score import Table, check_valid
 
@@ -80,14 +81,14 @@ def correlations(table: Table, rewards: Sequence[str], *, arm: str, against: str
     """Pearson correlations between rewards of the mean difference per prompt, over the prompts that both judged."""
     if len(rewards) < 2:
         return None
-    found = []
+    differences = {}
     for name in rewards:
         d = matrix(table, arm, name) - matrix(table, against, name)
         means, kept = stats.per_prompt(d)
-        found.append(np.full(len(d), np.nan))
-        found[-1][kept] = means
-    rows = tuple(tuple(_pearson(a, b) for b in found) for a in found)
-    return Correlations(rewards=tuple(rewards), matrix=rows)
+        differences[name] = np.full(len(d), np.nan)
+        differences[name][kept] = means
+    names, found = reward_correlations(differences)
+    return Correlations(rewards=names, matrix=tuple(tuple(_defined(float(v)) for v in row) for row in found))
 
 
 def ratings(table: Table, arms: Sequence[str], rewards: Sequence[str], *, seed: int = 0) -> tuple[Rating, ...]:
@@ -203,14 +204,6 @@ def _by_label(
         if not np.isnan(arm[row] - against[row]).all():
             groups.setdefault(label, []).append(row)
     return {label: measure(arm[rows], against[rows], seed=seed) for label, rows in sorted(groups.items())}
-
-
-def _pearson(a: np.ndarray, b: np.ndarray) -> float | None:
-    both = ~np.isnan(a) & ~np.isnan(b)
-    a, b = a[both], b[both]
-    if len(a) < 2 or a.std() == 0 or b.std() == 0:
-        return None
-    return float(np.clip(np.corrcoef(a, b)[0, 1], -1, 1))
 
 
 def _defined(value: float) -> float | None:

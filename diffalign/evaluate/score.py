@@ -87,9 +87,7 @@ def score_folder(
         RunError: A reward left more than 1 % of the images unjudged.
     """
     place = Path(folder)
-    files = sorted(f for f in place.iterdir() if f.suffix.lower() in IMAGES) if place.is_dir() else []
-    if not files:
-        raise InputError(f"images must be a folder with {', '.join(sorted(IMAGES))} files, got none in {str(folder)!r}")
+    files = image_files(place)
     places = places_of(files, prompts)
     texts = texts_of(place, files) if prompts is None else [prompts.prompts[i] for i, _ in places]
     metadata = None if prompts is None else [prompts.metadata[i] for i, _ in places]
@@ -105,6 +103,18 @@ def score_folder(
     for reward in rewards:
         check_valid(reward.name, table[reward.name], table["file"])
     return table
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, by name.
+
+    Raises:
+        InputError: There are none.
+    """
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGES) if folder.is_dir() else []
+    if not files:
+        raise InputError(f"images must be a folder with {', '.join(sorted(IMAGES))} files, got none in {str(folder)!r}")
+    return files
 
 
 def counted(files: Iterable[Path], shown: Any) -> Iterator[Float[Tensor, "3 _ _"]]:

@@ -4,7 +4,8 @@ No interval stands beside them: prompts that a resample draws twice make a set l
 so the bootstrap that serves means would be wrong here.
 """
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def score_sets(
     """The numbers of all arms; those that a journal knows are not computed again."""
     known = read_journal(folder, "sets")
     arms = list(dict.fromkeys(table["arm"]))
-    content = None if reference is None else Path(reference).read_bytes().hex()
+    content = None if reference is None else hashlib.sha256(Path(reference).read_bytes()).hexdigest()
     found = []
     with appending(folder, "sets", 0) as journal, bar("sets", len(sets) * len(arms)) as shown:
         for spec, reward in sets.items():
@@ -55,7 +56,9 @@ def score_sets(
                 own = key(reward.name, reward.version, content if reward.needs_reference else None, pictures)
                 if own not in known:
                     files = [folder / table["file"][r] for r in rows]
-                    out = reward.score_set(_batches(files, [table["prompt"][r] for r in rows]))
+                    places = [table["prompt_index"][r] for r in rows]
+                    groups = places if len(set(places)) < len(places) else None  # one image a prompt makes no group
+                    out = reward.score_set(image_batches(files, [table["prompt"][r] for r in rows], groups))
                     known[own] = {"key": own, "score": out.score, "raw": out.raw, "samples": out.samples}
                     journal.write([known[own]])
                 value = known[own]
@@ -74,8 +77,16 @@ def score_sets(
     return tuple(found)
 
 
-def _batches(files: list[Path], prompts: list[str]) -> Iterator[RewardBatch]:
+def image_batches(
+    files: Sequence[Path], prompts: Sequence[str] | None = None, groups: Sequence[int] | None = None
+) -> Iterator[RewardBatch]:
+    """Images of files, read when they are asked for, with their prompts and the numbers of their groups."""
     position = 0
     for stack in batches((read_image(file) for file in files), BATCH):
-        yield RewardBatch(images=stack, prompts=prompts[position : position + len(stack)])
+        rows = slice(position, position + len(stack))
+        yield RewardBatch(
+            images=stack,
+            prompts=None if prompts is None else prompts[rows],
+            group_ids=None if groups is None else groups[rows],
+        )
         position += len(stack)

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.errors import InputError
 from diffalign.rewards.clip import CLIPEncoder
 from diffalign.rewards.cosine import NEEDS, CosineScore, Scale
 from diffalign.types import Modality, RewardBatch, RewardOutput
@@ -21,9 +20,6 @@ PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 SCALES = {"logit": Scale(learned=True), "cos": Scale(), "div26": Scale(factor=1 / 26, learned=True)}
 """The paper's; DiffusionDPO's and its descendants'; flow_grpo's and DiffusionNFT's, which lies near 0.75 to 0.9."""
-
-TIE_THRESHOLDS = tuple(i / 10 for i in range(11))
-"""Gaps of probability among which the authors choose theirs, on the validation set."""
 
 
 class PickScoreReward:
@@ -89,34 +85,3 @@ class PickScoreReward:
 def preference_probability(score_a: Float[Tensor, "*b"], score_b: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     """Probability that people pick image a over image b of one prompt, from scores on the "logit" scale."""
     return torch.sigmoid(score_a - score_b)
-
-
-def three_way_accuracy(
-    score_a: Float[Tensor, " n"], score_b: Float[Tensor, " n"], label: Float[Tensor, " n"], *, tie_threshold: float
-) -> float:
-    """Agreement with people who pick an image or call a tie, as the paper counts it.
-
-    Args:
-        score_a, score_b: On the "logit" scale.
-        label: 1 where people picked a, 0 where b, 0.5 where they called a tie.
-        tie_threshold: A tie is predicted where the two probabilities differ by no more than this.
-
-    Returns:
-        Mean credit: 1 for a match, 0.5 if exactly one of label and prediction is a tie, 0 otherwise.
-
-    Raises:
-        InputError: No pairs, or another label.
-    """
-    if not len(label) or not torch.isin(label, label.new_tensor([0.0, 0.5, 1.0])).all():
-        raise InputError(f"label must hold 0, 0.5 or 1 for each of one or more pairs, got {label.tolist()[:8]}")
-    probability = preference_probability(score_a.double(), score_b.double())
-    tie = (2 * probability - 1).abs() <= tie_threshold
-    predicted = torch.where(tie, 0.5, (probability > 0.5).double())
-    return float((1 - (predicted - label).abs()).mean())
-
-
-def best_tie_threshold(score_a: Float[Tensor, " n"], score_b: Float[Tensor, " n"], label: Float[Tensor, " n"]) -> float:
-    """The threshold of `TIE_THRESHOLDS` with the best agreement, the least of equals: for a validation set."""
-    return max(
-        TIE_THRESHOLDS, key=lambda threshold: three_way_accuracy(score_a, score_b, label, tie_threshold=threshold)
-    )

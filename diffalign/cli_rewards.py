@@ -1,6 +1,7 @@
-"""`diffalign serve-reward`: a reward for programs that cannot share our environment."""
+"""Commands about rewards: `serve-reward`, for programs that cannot share our environment, and `reference`."""
 
 import signal
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -41,6 +42,36 @@ def serve_reward(
             out.print("stopped", highlight=False)
         finally:
             signal.signal(signal.SIGTERM, previous)
+
+
+def reference(
+    images: Annotated[Path, typer.Argument(help="Folder of images, of which the reference set is made.")],
+    reward: Annotated[str, typer.Option(help="Reward of sets, such as frechet:clip:tiny-clip.")],
+    out_file: Annotated[Path, typer.Option("--out", help="A .safetensors file.")],
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="key=value", help="Option of the reward; repeat it.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Keep what a reward of sets needs of a reference set, for `evaluate --reference`."""
+    from diffalign import rewards
+    from diffalign.errors import InputError
+    from diffalign.evaluate.preflight import pick_device
+    from diffalign.evaluate.score import image_files
+    from diffalign.evaluate.sets import image_batches
+    from diffalign.progress import over
+
+    if out_file.suffix != ".safetensors":
+        raise InputError(f"--out must be a .safetensors file, got {str(out_file)!r}")
+    chosen = rewards.load_set(reward, **options(option or []))
+    if not chosen.needs_reference:
+        raise InputError(f"--reward must be one that needs a reference set, got {reward!r}")
+    if isinstance(chosen, rewards.OnDevice):
+        chosen.to(pick_device(device))
+    files = image_files(images)
+    chosen.fit_reference(image_batches(list(over(files, "reference", len(files)))))
+    chosen.save_reference(out_file)
+    out.print(f"{len(files)} images, {chosen.version}: {out_file}", highlight=False, soft_wrap=True)
 
 
 def example(url: str) -> str:
