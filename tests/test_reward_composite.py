@@ -310,7 +310,7 @@ def test_a_sum_is_made_from_tables_as_toml_gives_them():
     reward = CompositeReward.of(config["parts"])
     clip, oracle = reward.parts
     assert (clip.name, clip.weight, clip.normalise) == ("clip", 1.0, "group")
-    assert clip.reward.scale == "cos"
+    assert clip.reward.version == "tiny-clip, cos"
     assert (oracle.name, oracle.reward.name, oracle.mean, oracle.std) == ("truth", "oracle", 0.5, 0.1)
     assert reward.requires == {"images", "prompts", "group_ids"}
     assert reward.licence == "MIT (weights of OpenAI and LAION); -"
