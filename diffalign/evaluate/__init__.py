@@ -20,6 +20,7 @@ from diffalign.evaluate.comparison import compare
 from diffalign.evaluate.report import write_report
 from diffalign.evaluate.results import Results, write_results
 from diffalign.evaluate.score import Table, counted, score_images, write_table
+from diffalign.evaluate.summary import write_summary
 from diffalign.models.load import ModelSource, detect_family, load_pipeline
 from diffalign.progress import bar
 from diffalign.rewards import move
@@ -67,7 +68,7 @@ def evaluate(
     roles: Mapping[str, str] | None = None,
     settings: EvaluationSettings | None = None,
 ) -> Results:
-    """Compares an aligned model with its base; writes results.json, report.html, scores.parquet and images/.
+    """Compares an aligned model with its base; writes results.json, report.html, summary.md, scores.parquet, images/.
 
     Args:
         base: A pipeline (folder, hub id, shipped name or `ModelSource`), or the folder of a run.
@@ -123,7 +124,8 @@ def evaluate(
         latents_sha256=digest,
         environment=environment.describe(device),
     )
-    write_report(results, table, folder)
+    write_report(results, table, folder, labels)
+    write_summary(results, folder)
     write_results(results, folder / preflight.RESULTS_FILE)
     return results
 

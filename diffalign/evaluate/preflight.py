@@ -23,7 +23,7 @@ PROMPTS_FILE = "prompts.jsonl"
 RESULTS_FILE = "results.json"
 """Written last and removed first: where it lies, the evaluation is whole."""
 
-_OURS = {PROMPTS_FILE, "images", "scores.parquet", "report.html", RESULTS_FILE}
+_OURS = {PROMPTS_FILE, "images", "scores.parquet", "report.html", "summary.md", RESULTS_FILE}
 _LABELS = ("category", "challenge")
 
 

@@ -91,7 +91,8 @@ class Check:
     """None where it belongs to both arms together, as a ratio or a distance does."""
     bound: str
     """What raises the flag, in words."""
-    flagged: bool
+    flagged: bool | None
+    """None: not measured."""
     sentence: str
     """What a reader must know; true whether flagged or not."""
 
