@@ -24,6 +24,7 @@ from diffalign.evaluate.results import (
     SweepPoint,
 )
 from diffalign.evaluate.score import Table
+from diffalign.evaluate.summary import summary
 from tests.test_report import draw, judges, results_of, scores
 
 ARMS = ("base", "dpo", "sft")
@@ -262,6 +263,32 @@ def test_few_prompts_are_shared_out_among_gains_losses_and_the_middle(text):
     part = text.split('<section id="changes">')[1].split("</section>")[0]
     assert "Largest gains: 8 selected" in part
     assert "In the middle: 8 selected" in part
+
+
+def test_a_reward_that_one_arm_trained_on_and_another_never_saw_has_a_role_in_each_comparison():
+    found = whole(several())
+    first = found.comparisons[0]
+    seen = {**first.rewards, "eye": replace(first.rewards["eye"], role="trained_on")}
+    found = replace(found, comparisons=(replace(first, rewards=seen), *found.comparisons[1:]))
+    assert views.roles(found) == {"clip": "held_out", "target": "trained_on", "eye": None}
+    [part] = [part for part in views.forest(found) if part.title == "eye"]
+    assert (part.role, [row.role for row in part.rows]) == (None, ["trained_on", "held_out", "held_out"])
+    assert [views.judge(c) for c in found.comparisons] == ["clip", "eye", "eye"]
+
+
+def test_finished_images_have_no_sampler_and_no_known_noise(tmp_path):
+    table = scores({"eye": 1.0}, n=3)
+    draw(tmp_path, table)
+    about = {"spec": "folder", "source": None, "images": "folder", "scheduler": {"class": "finished images"}}
+    found = results_of(table, judges(eye="held_out"))
+    unknown = replace(found, models=dict.fromkeys(found.arms, about), latents_sha256=None)
+    text = write_report(unknown, table, tmp_path).read_text()
+    assert "finished images do not say" in text
+    assert "<dt>Sampler</dt>" not in text
+    half = replace(found, models={**found.models, "base": about})
+    assert "not sampled alike" not in write_report(half, table, tmp_path).read_text()
+    assert "DDIM, 20 steps" in summary(half)
+    assert "steps" not in summary(unknown)
 
 
 # --- colours

@@ -93,6 +93,18 @@ def test_the_terminal_shows_each_comparison_in_80_columns():
     assert next(line.split()[:3] for line in lines if line.strip().startswith("target")) == ["target", "trained", "on"]
 
 
+@pytest.mark.parametrize("width", range(60, 81, 4))
+def test_a_percent_sign_stays_with_its_number_at_any_width(width):
+    for line in printed(results_of(scores({"eye": 0.3}), judges(eye="held_out")), width):
+        assert not line.strip().startswith("%")
+        assert len(line.rstrip()) <= width
+
+
+def test_the_terminal_shows_rewards_of_sets():
+    [line] = [line.split() for line in printed(whole(several()), 80) if line.split()[:1] == ["fd"]]
+    assert line == ["fd", "-2.000", "-2.000", "-2.000", "48"]
+
+
 def test_names_of_arms_too_long_for_a_column_stand_above_the_table():
     long = "a-model-with-a-very-long-name"
     found = results_of(scores({"eye": 0.0}), judges(eye="held_out"))

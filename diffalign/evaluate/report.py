@@ -12,7 +12,7 @@ from typing import Any
 from diffalign.evaluate import charts, plots, views, wording
 from diffalign.evaluate.album import album
 from diffalign.evaluate.curves import read_training
-from diffalign.evaluate.results import PROTOCOL, ROLES, Comparison, Measured, Results, direction, verdict
+from diffalign.evaluate.results import PROTOCOL, ROLES, Measured, Results, direction, verdict
 from diffalign.evaluate.score import Table
 
 WORDS = {"won": "better", "lost": "worse", "undecided": "no difference shown", "mixed": "judges disagree"}
@@ -75,8 +75,9 @@ def write_report(
         schedulers=_schedulers(results),
         sampler=views.sampler(results),
         rewards=views.by_role(comparison),
-        judge=_judge(comparison),
+        judge=views.judge(comparison),
         by_role=views.by_role,
+        shared=views.roles(results),
         of_role=views.of_role,
         name_of=lambda c: views.name_of(results, c),
         direction=direction,
@@ -95,8 +96,10 @@ def _sections(results: Results, table: Table, folder: Path, labels: Mapping[str,
     """All parts of the page, those with nothing to show among them."""
     comparison, sweep = results.comparisons[0], results.sweep
     rewards = views.by_role(comparison)
-    chief, judge = next(iter(rewards)), _judge(comparison)
+    chief = next(iter(rewards))
     pictures = album(results.arms, list(rewards), table, folder, next(iter(labels.values()), None))
+    judged = [(c, views.judge(c)) for c in views.versus_base(results)]
+    changes = [(views.name_of(results, c), name, pictures.largest_changes(c, name)) for c, name in judged]
     runs = {arm: model.get("run") for arm, model in results.models.items()}
     trained = {arm: read_training(Path(run)) for arm, run in runs.items() if run}
     swept = sweep and {
@@ -145,9 +148,9 @@ def _sections(results: Results, table: Table, folder: Path, labels: Mapping[str,
         Section(id="gallery", title="Pictures that nobody chose", template="gallery", about=pictures.unselected()),
         Section(
             id="changes",
-            title=f"Largest changes, by {judge}",
+            title="Largest changes, by " + " and ".join(dict.fromkeys(name for _, name, _ in changes)),
             template="changes",
-            about=[(views.name_of(results, c), pictures.largest_changes(c, judge)) for c in views.versus_base(results)],
+            about=changes,
         ),
         Section(id="settings", title="Settings and environment", template="settings", about=_left_out(results)),
         Section(
@@ -165,9 +168,11 @@ def python_call(results: Results, folder: Path) -> str:
     rewards = results.comparisons[0].rewards
     roles = {name: r.role for name, r in rewards.items() if r.role_declared}
     known = ("images_per_prompt", "steps", "guidance", "batch_size", "device", "dtype", "seed")
-    settings = ", ".join(f"{name}={results.settings[name]!r}" for name in known)
+    chosen = ("tier", "sweep", "pairwise", "reference")
+    names = [*known, *(name for name in chosen if results.settings.get(name))]
+    settings = ", ".join(f"{name}={results.settings[name]!r}" for name in names)
     base, *others = (results.models[arm]["spec"] for arm in results.arms)
-    aligned = others[0] if len(others) == 1 else others
+    aligned = others[0] if len(others) == 1 else dict(zip(results.arms[1:], others, strict=True))
     return "\n".join(
         [
             "from diffalign.evaluate import EvaluationSettings, evaluate",
@@ -183,11 +188,6 @@ def python_call(results: Results, folder: Path) -> str:
             ")",
         ]
     )
-
-
-def _judge(comparison: Comparison) -> str:
-    """The first held-out reward, by which pictures are chosen; of none, the most telling one."""
-    return next(iter({**views.of_role(comparison, "held_out"), **views.by_role(comparison)}))
 
 
 def _detailed(results: Results) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -212,7 +212,7 @@ def _left_out(results: Results) -> str:
 
 def _schedulers(results: Results) -> list[str]:
     """Keys in which the arms' samplers differ, as words; equal samplers are the protocol."""
-    known = {arm: m["scheduler"] for arm, m in results.models.items() if m.get("scheduler")}
+    known = views.schedulers(results)
     names = sorted({name for scheduler in known.values() for name in scheduler})
     found = {name: {arm: scheduler.get(name) for arm, scheduler in known.items()} for name in names}
     return [

@@ -1,4 +1,4 @@
-"""What an evaluation leaves on a terminal, in 80 columns: a table and a verdict for each comparison, flags, ratings."""
+"""What an evaluation leaves on a terminal, in 80 columns: a table and verdict per comparison, flags, ratings, sets."""
 
 import textwrap
 from collections.abc import Iterator
@@ -28,11 +28,12 @@ def lines(results: Results, width: int = 80) -> Iterator[RenderableType]:
                 yield Text(_wrapped(f"flag: {check.sentence} ({check.name})", width), style="red")
     if results.ratings:
         yield _ratings(results)
+    if results.sets:
+        yield _sets(results)
 
 
 def _table(comparison: Comparison) -> Table:
-    title = Text(f"{comparison.arm} against {comparison.against}", style="bold")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = _titled(f"{comparison.arm} against {comparison.against}")
     table.add_column("reward", overflow="fold")
     table.add_column("role", no_wrap=True)
     short = max(len(comparison.against), len(comparison.arm)) <= _SHORT
@@ -55,14 +56,32 @@ def _table(comparison: Comparison) -> Table:
 
 
 def _ratings(results: Results) -> Table:
-    title = Text("Elo, 95 % interval", style="bold")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = _titled("Elo, 95 % interval")
     table.add_column("reward", overflow="fold")
     for arm in results.arms:
         table.add_column(escape(arm), justify="right", overflow="fold")
     for reward, found in views.ratings(results).items():
         table.add_row(escape(reward), *(_plain(rating(found.get(arm))) for arm in results.arms))
     return table
+
+
+def _sets(results: Results) -> Table:
+    table = _titled("Rewards of sets, higher is better")
+    table.add_column("reward", overflow="fold")
+    for arm in results.arms:
+        table.add_column(escape(arm), justify="right", overflow="fold")
+    table.add_column("images", justify="right", no_wrap=True)
+    for reward in dict.fromkeys(one.reward for one in results.sets):
+        mine = {one.arm: one for one in results.sets if one.reward == reward}
+        scores = [number(mine[arm].score) if arm in mine else "-" for arm in results.arms]
+        counts = ", ".join(dict.fromkeys(str(one.samples) for one in mine.values()))
+        table.add_row(escape(reward), *map(_plain, scores), counts)
+    return table
+
+
+def _titled(title: str) -> Table:
+    """A table with its title above it."""
+    return Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def _wrapped(text: str, width: int) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,20 @@ def of_role(comparison: Comparison, role: Role) -> dict[str, RewardResult]:
     return {name: reward for name, reward in comparison.rewards.items() if reward.role == role}
 
 
+def judge(comparison: Comparison) -> str:
+    """The first held-out reward, by which pictures are chosen; of none, the most telling one."""
+    return next(iter({**of_role(comparison, "held_out"), **by_role(comparison)}))
+
+
+def roles(results: Results) -> dict[str, Role | None]:
+    """The role of each reward; None where arms differ, since what one was trained on another never saw."""
+    found: dict[str, set[Role]] = {}
+    for comparison in results.comparisons:
+        for name, reward in by_role(comparison).items():
+            found.setdefault(name, set()).add(reward.role)
+    return {name: next(iter(said)) if len(said) == 1 else None for name, said in found.items()}
+
+
 def name_of(results: Results, comparison: Comparison) -> str:
     """A comparison among others: the arm, and its opponent unless that is the base."""
     return comparison.arm if comparison.against == results.arms[0] else f"{comparison.arm} against {comparison.against}"
@@ -78,20 +93,24 @@ def versus_base(results: Results) -> list[Comparison]:
 
 def forest(results: Results) -> list[Rows]:
     """The win rates of every reward in every comparison."""
-    first = by_role(results.comparisons[0])
     if len(results.comparisons) == 1:
+        first = by_role(results.comparisons[0])
         return [Rows(title=None, rows=tuple(Row(name=n, measured=r.total, role=r.role) for n, r in first.items()))]
     return [
         Rows(
             title=name,
-            role=reward.role,
+            role=role,
             rows=tuple(
-                Row(name=name_of(results, c), measured=c.rewards[name].total)
+                Row(
+                    name=name_of(results, c),
+                    measured=c.rewards[name].total,
+                    role=c.rewards[name].role if role is None else None,
+                )
                 for c in results.comparisons
                 if name in c.rewards
             ),
         )
-        for name, reward in first.items()
+        for name, role in roles(results).items()
     ]
 
 
@@ -131,9 +150,13 @@ def ratings(results: Results) -> dict[str, dict[str, Rating]]:
 
 
 def sampler(results: Results) -> str | None:
-    """The first sampler that is known; finished images do not say what made them."""
-    known = [model["scheduler"]["class"] for model in results.models.values() if model.get("scheduler")]
-    return str(known[0]) if known else None
+    """The first sampler that is known."""
+    return next((str(scheduler["class"]) for scheduler in schedulers(results).values()), None)
+
+
+def schedulers(results: Results) -> dict[str, Mapping[str, Any]]:
+    """Class and config of the sampler by arm; finished images do not say what made them."""
+    return {arm: m["scheduler"] for arm, m in results.models.items() if m.get("scheduler") and not m.get("images")}
 
 
 def styles(results: Results) -> dict[str, str]:
