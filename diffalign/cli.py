@@ -274,30 +274,13 @@ def demo() -> None:
 
 
 def print_results(results: object) -> None:
-    """The small tables that an evaluation ends with."""
-    from diffalign.evaluate.results import ROLES, Results, verdict
+    """The small tables that an evaluation ends with, and its verdicts."""
+    from diffalign.evaluate import terminal
+    from diffalign.evaluate.results import Results
 
     assert isinstance(results, Results), "print_results takes what evaluate returns"
-    for comparison in results.comparisons:
-        table = Table("reward", "role", comparison.against, comparison.arm, "win rate", "95 % interval", "p")
-        for name, reward in comparison.rewards.items():
-            total = reward.total
-            table.add_row(
-                name,
-                ROLES[reward.role],
-                f"{total.mean_against:.3f}",
-                f"{total.mean_arm:.3f}",
-                f"{100 * total.win_rate:.1f} %",
-                f"{100 * total.ci_low:.1f} to {100 * total.ci_high:.1f}",
-                f"{total.p:.1e}",
-            )
-        out.print(table)
-        out.print(verdict(comparison).sentence, highlight=False)
-    if results.sets:
-        table = Table("reward of sets", "arm", "score", "images")
-        for one in results.sets:
-            table.add_row(one.reward, one.arm, f"{one.score:.4g}", str(one.samples))
-        out.print(table)
+    for line in terminal.lines(results, out.width):
+        out.print(line, highlight=False)
 
 
 def first_comment(file: Path) -> str:

@@ -292,7 +292,8 @@ def evaluated(saved, tmp_path_factory) -> Path:
 
 def test_an_evaluation_leaves_its_files(evaluated):
     assert {p.name for p in evaluated.iterdir()} == {
-        "prompts.jsonl", "manifest.json", "journal", "images", "scores.parquet", "report.html", "results.json"
+        "prompts.jsonl", "manifest.json", "journal", "images", "scores.parquet", "report.html",
+        "summary.md", "results.json",
     }  # fmt: skip
     assert len(list((evaluated / "images" / "aligned").glob("*.png"))) == 6
 

@@ -29,7 +29,7 @@ MANIFEST_FILE = "manifest.json"
 
 _OURS = {
     PROMPTS_FILE, MANIFEST_FILE, "images", "sweep", JOURNALS, "scores.parquet", "sweep.parquet", "report.html",
-    RESULTS_FILE,
+    "summary.md", RESULTS_FILE,
 }  # fmt: skip
 _LABELS = ("category", "tag", "style", "challenge")
 """Labels that results are told apart by; totals are stratified by the first that is there."""

@@ -318,7 +318,8 @@ def _sentence(comparison: Comparison, main: Mapping[str, RewardResult], outcome:
         [(name, only)] = main.items()
         said = f"{_rate(only.total)} by {name} ({ROLES[only.role]})"
     else:
-        said = "of comparisons " + ", ".join(f"{100 * r.total.win_rate:.1f} % by {name}" for name, r in main.items())
+        rates = [f"{100 * r.total.win_rate:.1f} % by {name}" for name, r in main.items()]
+        said = ", ".join(rates).replace(" %", " % of comparisons", 1)
     return f"{opening[0].upper()}{opening[1:]}: on {n} prompts {arm} wins {said}."
 
 

@@ -22,6 +22,7 @@ from diffalign.evaluate.results import PROTOCOL, Comparison, Results, Sweep, Tie
 from diffalign.evaluate.roles import assign
 from diffalign.evaluate.score import Table, write_table
 from diffalign.evaluate.settings import EvaluationSettings, Sampling, as_table, batch_size, sampling_of
+from diffalign.evaluate.summary import write_summary
 from diffalign.models.load import ModelSource, detect_family, load_net_config, load_pipeline
 from diffalign.rewards import OnDevice, load_encoder
 from diffalign.types import MediaEncoder, Reward, SetReward
@@ -116,7 +117,8 @@ class Work:
             environment=environment.describe(self.device),
             manifest=self.manifest(),
         )  # fmt: skip
-        write_report(found, table, self.folder)
+        write_report(found, table, self.folder, preflight.labels_of(asked))
+        write_summary(found, self.folder)
         write_results(found, self.folder / preflight.RESULTS_FILE)
         return found
 
