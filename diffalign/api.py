@@ -68,7 +68,7 @@ def load_reward(spec: str, **options: Any) -> Scorer:
 
 def evaluate(
     base: str,
-    aligned: str,
+    aligned: str | Sequence[str] | Mapping[str, str],
     prompts: str | Sequence[str] = "tiny",
     *,
     rewards: Sequence[str],
@@ -76,15 +76,15 @@ def evaluate(
     roles: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> "Results":
-    """Compares two models on the same prompts from the same initial noise.
+    """Compares models on the same prompts from the same initial noise.
 
     Args:
-        base: A pipeline: folder, hub id or shipped name.
-        aligned: A pipeline, a LoRA, a denoiser, or the folder of a run.
+        base: A pipeline: folder, hub id or shipped name; or a folder of finished images.
+        aligned: A pipeline, a LoRA, a denoiser, the folder of a run, or finished images; several as a list or by name.
         prompts: A prompt set by name or file, or the prompts.
         rewards: Specs as `load_reward` takes them.
-        output: Folder for results.json, report.html, scores.parquet and images/.
-        roles: By reward name: "labeller", "trained_on" or "held_out".
+        output: Folder for results.json, report.html, scores.parquet and images/; what is there is not made again.
+        roles: By reward name: "labeller", "trained_on" or "held_out"; else what runs and data cards say.
         settings: Fields of `diffalign.evaluate.EvaluationSettings`, such as steps and guidance.
     """
     from diffalign.errors import InputError, near_match

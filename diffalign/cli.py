@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffalign.cli_data import data_app
+from diffalign.cli_rewards import reference, serve_reward
 from diffalign.errors import InputError, RunError
 
 app = typer.Typer(
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.command("serve-reward")(serve_reward)
+app.command("reference")(reference)
 out = Console()
 COMMAND = sys.argv[1:]
 """What was typed, for a report to repeat."""
@@ -30,7 +33,7 @@ DEMO = (
     "diffalign train tiny_sd_diffusion_dpo output=runs/demo resume=latest",
     "diffalign evaluate tiny-sd runs/demo --prompts tiny --reward oracle --reward clip:tiny-clip "
     "--reward aesthetic:tiny-aesthetic --labeller oracle --held-out clip --held-out aesthetic --steps 20 "
-    "--guidance 2.0 --out runs/demo",
+    "--guidance 2.0 --images-per-prompt 1 --out runs/demo",
 )
 """What the demo does, as commands."""
 
@@ -40,9 +43,12 @@ Prompts = Annotated[str, typer.Option(help="A prompt set by name, or a .txt, .js
 Base = Annotated[str | None, typer.Option(help="Base pipeline, if MODEL is a LoRA or a denoiser alone.")]
 Limit = Annotated[int | None, typer.Option(help="Use only so many prompts, chosen by their hash.")]
 PerPrompt = Annotated[int, typer.Option(help="Seeds per prompt.")]
-Steps = Annotated[int, typer.Option(help="Sampling steps.")]
-Guidance = Annotated[float, typer.Option(help="Weight w in uncond + w (cond - uncond); 1 is off.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps; the model family's own if left out.")]
+Guidance = Annotated[
+    float | None, typer.Option(help="Weight w in uncond + w (cond - uncond), 1 is off; the family's own if left out.")
+]
 BatchSize = Annotated[int, typer.Option(help="Images at a time.")]
+ModelBatch = Annotated[int | None, typer.Option(help="Images at a time; by the model's size if left out.")]
 
 
 def main() -> None:
@@ -100,9 +106,9 @@ def sample(
     base: Base = None,
     limit: Limit = None,
     images_per_prompt: PerPrompt = 1,
-    steps: Steps = 50,
-    guidance: Guidance = 7.5,
-    batch_size: BatchSize = 8,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    batch_size: ModelBatch = None,
     device: Device = "auto",
 ) -> None:
     """Make images, each from the noise that belongs to its prompt."""
@@ -146,36 +152,52 @@ def score(
 
 @app.command()
 def evaluate(
-    base: Annotated[str, typer.Argument(help="Pipeline folder, hub id or shipped name.")],
-    aligned: Annotated[str, typer.Argument(help="A pipeline, a LoRA, a denoiser, or a run's folder.")],
+    base: Annotated[str, typer.Argument(help="Pipeline folder, hub id, shipped name, or a folder of images.")],
+    aligned: Annotated[
+        list[str], typer.Argument(help="Pipelines, LoRAs, denoisers, runs or folders of images; [NAME=]PLACE each.")
+    ],
     reward: Rewards,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.json, report.html and images.")],
     prompts: Prompts = "tiny",
     labeller: Annotated[list[str] | None, typer.Option(help="Reward whose labels the pairs carry.")] = None,
     trained_on: Annotated[list[str] | None, typer.Option(help="Reward that training optimised.")] = None,
     held_out: Annotated[list[str] | None, typer.Option(help="Reward that training never saw.")] = None,
+    tier: Annotated[str, typer.Option(help="full, or quick: 96 prompts and one seed.")] = "full",
     limit: Limit = None,
-    images_per_prompt: PerPrompt = 1,
-    steps: Steps = 50,
-    guidance: Guidance = 7.5,
-    batch_size: BatchSize = 8,
+    images_per_prompt: Annotated[
+        int | None, typer.Option(help="Seeds per prompt; 4, or 1 in the quick tier, if left out.")
+    ] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    sweep: Annotated[list[float] | None, typer.Option(help="A guidance to compare at too; repeat it.")] = None,
+    pairwise: Annotated[bool, typer.Option("--pairwise", help="Compare every arm with every other.")] = False,
+    encoder: Annotated[str | None, typer.Option(help="Encoder for diversity, drift and checks.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Reference set, for rewards of sets that need one.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the models: float32, float16 or bfloat16.")] = "float32",
+    batch_size: ModelBatch = None,
     device: Device = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew in a folder that holds an evaluation.")] = False,
 ) -> None:
-    """Compare two models on the same prompts and noise, and write a report."""
+    """Compare models on the same prompts and noise, and write a report; what is done already is not done again."""
     from diffalign.data.prompts import read_prompts
     from diffalign.evaluate import EvaluationSettings
     from diffalign.evaluate import evaluate as compare
+    from diffalign.evaluate.arms import parse_arms
 
     settings = EvaluationSettings(
-        images_per_prompt=images_per_prompt, steps=steps, guidance=guidance, batch_size=batch_size, device=device,
-        command=shlex.join(["diffalign", *COMMAND]),
+        tier=tier, images_per_prompt=images_per_prompt, steps=steps, guidance=guidance,
+        sweep=tuple(sweep or ()), pairwise=pairwise, encoder=encoder, reference=reference,
+        dtype=dtype, batch_size=batch_size,
+        device=device, fresh=fresh, command=shlex.join(["diffalign", *COMMAND]),
     )  # fmt: skip
     named = (("labeller", labeller), ("trained_on", trained_on), ("held_out", held_out))
     roles = {name: role for role, names in named for name in names or []}
     asked = read_prompts(prompts, limit)
-    results = compare(base, aligned, asked, rewards=reward, output=out_dir, roles=roles, settings=settings)
-    print_results(results)
-    out.print(f"report: {out_dir / 'report.html'}", highlight=False)
+    arms = parse_arms(aligned)
+    results = compare(base, arms, asked, rewards=reward, output=out_dir, roles=roles, settings=settings)
+    if os.environ.get("RANK", "0") == "0":
+        print_results(results)
+        out.print(f"report: {out_dir / 'report.html'}", highlight=False)
 
 
 @app.command()
@@ -220,6 +242,7 @@ def env() -> None:
 def list_() -> None:
     """List methods, families, rewards, configs, models, data and prompt sets."""
     from diffalign import rewards, shipped
+    from diffalign.data.prompt_sets import SETS
     from diffalign.denoisers import FAMILIES
     from diffalign.methods import METHODS
 
@@ -228,11 +251,13 @@ def list_() -> None:
 
     rows = [("method", name, summary(cls)) for name, cls in METHODS.items()]
     rows += [("family", f.name, ", ".join(f.pipelines)) for f in FAMILIES.values()]
-    rows += [("reward", name, rewards.summary(name)) for name in rewards.names()]
+    for kind, of in (("reward", rewards.GROUP), ("set reward", rewards.SET_GROUP), ("encoder", rewards.ENCODER_GROUP)):
+        rows += [(kind, name, rewards.summary(name, of)) for name in rewards.names(of)]
     rows += [("config", file.stem, first_comment(file)) for file in sorted(shipped.configs().glob("*.toml"))]
     rows += [("model", name, "shipped") for name in shipped.MODELS]
     rows += [("data", name, "shipped") for name in shipped.DATASETS]
     rows += [("prompts", name, "shipped") for name in shipped.PROMPTS]
+    rows += [("prompts", name, known.about) for name, known in SETS.items()]
     table = Table("kind", "name", "what")
     for i, row in enumerate(rows):
         table.add_row(*row, end_section=i + 1 < len(rows) and rows[i + 1][0] != row[0])
@@ -249,25 +274,13 @@ def demo() -> None:
 
 
 def print_results(results: object) -> None:
-    """The small table that an evaluation ends with."""
-    from diffalign.evaluate.results import ROLES, Results, verdict
+    """The small tables that an evaluation ends with, and its verdicts."""
+    from diffalign.evaluate import terminal
+    from diffalign.evaluate.results import Results
 
     assert isinstance(results, Results), "print_results takes what evaluate returns"
-    for comparison in results.comparisons:
-        table = Table("reward", "role", comparison.against, comparison.arm, "win rate", "95 % interval", "p")
-        for name, reward in comparison.rewards.items():
-            total = reward.total
-            table.add_row(
-                name,
-                ROLES[reward.role],
-                f"{total.mean_against:.3f}",
-                f"{total.mean_arm:.3f}",
-                f"{100 * total.win_rate:.1f} %",
-                f"{100 * total.ci_low:.1f} to {100 * total.ci_high:.1f}",
-                f"{total.p:.1e}",
-            )
-        out.print(table)
-        out.print(verdict(comparison).sentence, highlight=False)
+    for line in terminal.lines(results, out.width):
+        out.print(line, highlight=False)
 
 
 def first_comment(file: Path) -> str:

@@ -61,12 +61,14 @@ def filter_data(
     limit: Limit = None,
 ) -> None:
     """Keep pairs whose winner wins at least once and never loses or ties, its latest pair alone."""
+    from diffalign.data.cards import pass_on
     from diffalign.data.rewrite import filter_absolute_winners
     from diffalign.errors import InputError
 
     if not absolute_winners:
         raise InputError("data filter must be told what to keep, got no filter; add --absolute-winners")
     found = filter_absolute_winners(reader(path, split, limit), out_file, all_losers=all_losers)
+    pass_on(path, out_file)
     rows = [("rows", found.rows), ("with a label", found.compared), ("absolute winners", found.winners)]
     show(out_file, [*rows, ("kept", found.kept)])
 
@@ -111,9 +113,11 @@ def unpair_data(
     limit: Limit = None,
 ) -> None:
     """Write the single images of pairs, each labelled good or bad by what it won and lost."""
+    from diffalign.data.cards import pass_on
     from diffalign.data.rewrite import unpair
 
     found = unpair(reader(path, split, limit), out_file, mixed=mixed)
+    pass_on(path, out_file)
     groups = [(name.replace("_", " "), number) for name, number in sorted(found.groups.items())]
     show(out_file, [("rows", found.rows), *groups, ("good", found.good), ("bad", found.bad), ("broken", found.broken)])
 
@@ -131,6 +135,7 @@ def scored(
 ) -> "Scored":
     """Scores a source by a reward that is named."""
     from diffalign import rewards
+    from diffalign.data.cards import pass_on
     from diffalign.data.output import check_out
     from diffalign.data.rewrite import score_pairs
     from diffalign.evaluate.preflight import pick_device
@@ -139,7 +144,9 @@ def scored(
     source = reader(path, split, limit)
     reward = rewards.load(spec)
     rewards.move(reward, pick_device(device))
-    return score_pairs(source, reward, out_file, relabel=relabel, batch_size=batch_size)
+    found = score_pairs(source, reward, out_file, relabel=relabel, batch_size=batch_size)
+    pass_on(path, out_file, scores=spec, **({"labels": spec} if relabel else {}))
+    return found
 
 
 def describe_scored(found: "Scored") -> list[tuple[str, object]]:

@@ -240,6 +240,9 @@ def test_a_run_that_fails_ends_with_status_1(world, tmp_path, run, monkeypatch):
         (["data", "score", "{pairs}", "--reward", "clipp", "--out", "x.parquet"], "'clip'"),
         (["data", "relabel", "{pairs}", "--reward", "oracle", "--out", "x.csv"], "out must be a .parquet file"),
         (["data", "unpair", "{pairs}", "--out", "{pairs}"], "which exists"),
+        (["serve-reward", "clipp"], "'clip'"),
+        (["serve-reward", "oracle", "--option", "model"], "--option must have the form key=value, got 'model'"),
+        (["serve-reward", "oracle", "--host", "203.0.113.1"], "must be free and of this machine, got 203.0.113.1:8100"),
         (["export", "{sd}/unet", "--out", "x"], "which goes on top of one; name it as base"),
     ],
 )
@@ -310,11 +313,30 @@ def test_the_command_line_has_not_changed():
     assert words(group) == {
         "demo": [],
         "env": [],
-        "evaluate": sorted([*made, "aligned", "base", "held_out", "labeller", "reward", "trained_on"]),
+        "evaluate": sorted(
+            [
+                *made,
+                "aligned",
+                "base",
+                "dtype",
+                "encoder",
+                "fresh",
+                "held_out",
+                "labeller",
+                "pairwise",
+                "reference",
+                "reward",
+                "sweep",
+                "tier",
+                "trained_on",
+            ]
+        ),
         "export": ["base", "model", "out_dir"],
         "list": [],
         "sample": sorted([*made, "base", "model"]),
+        "reference": ["device", "images", "option", "out_file", "reward"],
         "score": ["batch_size", "device", "images", "out_file", "prompts", "reward"],
+        "serve-reward": ["device", "host", "name", "option", "port"],
         "train": ["config", "overrides"],
     }
     source = ["limit", "out_file", "path", "split"]

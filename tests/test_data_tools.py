@@ -292,6 +292,7 @@ class Choosy:
     """Cannot judge every n-th image."""
 
     name, version, requires, range = "choosy", "1", frozenset({"images"}), (0.0, 1.0)
+    modality, differentiable, licence = "image", False, "-"
 
     def __init__(self, every: int) -> None:
         self.count = itertools.count(1)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from PIL import Image
 from diffalign.data.prompts import PromptSet
 from diffalign.denoisers import FAMILIES
 from diffalign.errors import InputError, RunError
-from diffalign.evaluate import EvaluationSettings, evaluate, paired_digest, preflight, score
-from diffalign.evaluate.generate import arm_source, generate, initial_latents, load_arm, prompt_seed
+from diffalign.evaluate import EvaluationSettings, evaluate, preflight, score
+from diffalign.evaluate.arms import arm_source, load_arm
+from diffalign.evaluate.generate import generate, initial_latents, prompt_seed
+from diffalign.evaluate.images import check_pairs
 from diffalign.models.load import ModelSource
 from diffalign.rewards.oracle import OracleReward
 from diffalign.types import FunctionReward, RewardBatch, RewardOutput
@@ -26,7 +29,7 @@ PROMPTS = [
     "small blue star left, white background",
     "a small green cross at the bottom on a gray background",
 ]
-QUICK = EvaluationSettings(steps=2, guidance=2.0, batch_size=4, device="cpu")
+QUICK = EvaluationSettings(images_per_prompt=1, steps=2, guidance=2.0, batch_size=4, device="cpu")
 
 
 def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
@@ -221,6 +224,7 @@ def test_prompts_may_lie_in_metadata_or_beside_the_images(tmp_path):
 def test_components_have_their_own_columns_and_what_is_not_valid_is_nan(tmp_path):
     class Picky:
         name, version, requires, range = "picky", "1", frozenset({"images"}), (0.0, 1.0)
+        modality, differentiable, licence = "image", False, "-"
 
         def score(self, batch: RewardBatch) -> RewardOutput:
             values = batch.images.mean((1, 2, 3))
@@ -288,14 +292,15 @@ def evaluated(saved, tmp_path_factory) -> Path:
 
 def test_an_evaluation_leaves_its_files(evaluated):
     assert {p.name for p in evaluated.iterdir()} == {
-        "prompts.jsonl", "images", "scores.parquet", "report.html", "results.json"
+        "prompts.jsonl", "manifest.json", "journal", "images", "scores.parquet", "report.html",
+        "summary.md", "results.json",
     }  # fmt: skip
     assert len(list((evaluated / "images" / "aligned").glob("*.png"))) == 6
 
 
 def test_results_hold_the_promised_keys(evaluated):
     found = json.loads((evaluated / "results.json").read_text())
-    assert (found["version"], found["protocol"], found["arms"]) == (1, "p2-paired-v1", ["base", "aligned"])
+    assert (found["version"], found["protocol"], found["arms"]) == (2, "p2-paired-v1", ["base", "aligned"])
     assert (found["n_prompts"], found["n_seeds"], found["prompt_set"]["duplicates_dropped"]) == (3, 2, 1)
     [comparison] = found["comparisons"]
     assert (comparison["arm"], comparison["against"]) == ("aligned", "base")
@@ -317,6 +322,7 @@ def test_every_key_of_results_is_documented(evaluated):
     found = json.loads((evaluated / "results.json").read_text())
     for part in ("environment", "models"):  # described as a whole
         found.pop(part)
+    found["manifest"].pop("arms")
     text = (Path(__file__).parents[1] / "docs" / "results.md").read_text()
     free = {"oracle", "bright", "shape", "colour", "size", "place", "background", "count"}
     assert {key for key in keys(found) - free if f"`{key}`" not in text} == set()
@@ -337,8 +343,8 @@ def test_both_arms_start_from_the_same_noise(evaluated):
     assert hashes[:6] == hashes[6:]
     assert len(set(hashes)) == 6
     mixed_up = {**table, "latent_sha256": [*hashes[:6], *hashes[7:], hashes[6]]}
-    with pytest.raises(AssertionError, match="same latents"):
-        paired_digest(mixed_up)
+    with pytest.raises(RunError, match="same latents, got other ones in base and aligned"):
+        check_pairs(mixed_up, ["base", "aligned"])
 
 
 def test_a_model_against_itself_is_all_ties(saved, tmp_path):
@@ -348,10 +354,10 @@ def test_a_model_against_itself_is_all_ties(saved, tmp_path):
     assert (total.win_rate, total.mean_difference, total.p, total.tie_share) == (0.5, 0.0, 1.0, 1.0)
 
 
-def test_an_earlier_evaluation_is_replaced_and_anything_else_is_not(saved, tmp_path, monkeypatch):
+def test_an_earlier_evaluation_is_replaced_if_asked_for_and_anything_else_is_not(saved, tmp_path, monkeypatch):
     base, out = str(saved / "base"), tmp_path / "out"
-    for count in (2, 1):
-        evaluate(base, base, PROMPTS[:count], rewards=[BRIGHT], output=out, settings=QUICK)
+    evaluate(base, base, PROMPTS[:2], rewards=[BRIGHT], output=out, settings=QUICK)
+    evaluate(base, base, PROMPTS[:1], rewards=[BRIGHT], output=out, settings=replace(QUICK, fresh=True))
     assert len(list((out / "images" / "base").glob("*.png"))) == 1
     (out / "notes.md").write_text("mine")
     evaluate(base, base, PROMPTS[:1], rewards=[BRIGHT], output=out, settings=QUICK)

@@ -13,9 +13,10 @@ import torch
 
 from diffalign import environment
 from diffalign.data.prompts import by_hash
-from diffalign.evaluate import charts, curves
+from diffalign.evaluate import charts, curves, plots
+from diffalign.evaluate.album import Album, album
 from diffalign.evaluate.comparison import Judge, compare
-from diffalign.evaluate.report import album, python_call, write_report
+from diffalign.evaluate.report import python_call, write_report
 from diffalign.evaluate.results import Results, direction, to_table, verdict
 from diffalign.evaluate.score import Table, write_image
 
@@ -84,6 +85,11 @@ def page(folder: Path, table: Table, run: str | None = None, size: int = 8, **ch
     draw(folder, table, size)
     shown = {name: role for name, role in ROLES.items() if name in table}
     return write_report(replace(results_of(table, judges(**shown), run), **changes), table, folder).read_text()
+
+
+def pictures(folder: Path, table: Table, *rewards: str, categories: list[str] | None = None) -> Album:
+    draw(folder, table)
+    return album(("base", "aligned"), rewards, table, folder, categories)
 
 
 # --- the verdict
@@ -159,7 +165,7 @@ def test_results_are_strict_json_with_null_for_what_is_undefined():
 def test_the_page_fetches_nothing_and_runs_nothing(tmp_path):
     text = page(tmp_path, scores({"person": 1.0, "eye": 0.0}))
     assert "<script" not in text
-    assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)"', text))
+    assert all(link.startswith(("data:", "#")) for link in re.findall(r'(?:src|href)="([^"]*)"', text))
     assert not re.search(r"https?://|@import|url\(", text)
     assert "prefers-color-scheme: dark" in text
 
@@ -184,8 +190,7 @@ def test_what_a_prompt_says_is_text_not_markup(tmp_path):
 
 def test_the_gallery_is_chosen_by_hash_and_shows_the_first_seed(tmp_path):
     table = scores({"person": 0.0}, n=60, k=2)
-    draw(tmp_path, table)
-    cards = album(results_of(table, judges(person="labeller")).comparisons[0], table, tmp_path).unselected()
+    cards = pictures(tmp_path, table, "person").unselected()
     expected = sorted({*table["prompt"]}, key=lambda p: hashlib.sha256(p.encode()).hexdigest())[:48]
     assert [card.prompt for card in cards] == expected
     assert {card.k for card in cards} == {0}
@@ -194,26 +199,21 @@ def test_the_gallery_is_chosen_by_hash_and_shows_the_first_seed(tmp_path):
 
 def test_a_gallery_card_shows_the_scores_of_its_own_two_images(tmp_path):
     table = scores({"person": 0.0}, n=5, k=2)
-    draw(tmp_path, table)
-    for card in album(results_of(table, judges(person="labeller")).comparisons[0], table, tmp_path).unselected():
+    for card in pictures(tmp_path, table, "person").unselected():
         rows = [r for r in range(20) if table["prompt"][r] == card.prompt and table["k"][r] == 0]
-        assert card.scores == (("person", table["person"][rows[0]], table["person"][rows[1]]),)
+        assert card.scores == (("person", (table["person"][rows[0]], table["person"][rows[1]])),)
 
 
-def test_largest_changes_are_the_ends_and_no_prompt_comes_twice(tmp_path):
-    table = scores({"person": 0.0}, n=30, k=3)
-    draw(tmp_path, table)
-    found = album(results_of(table, judges(person="labeller")).comparisons[0], table, tmp_path).largest_changes(
-        "person"
-    )
-    gains = np.array(table["person"][90:]) - np.array(table["person"][:90])
-    best, worst = found["Largest gains"], found["Largest losses"]
-    for card, row in ((best[0], gains.argmax()), (worst[0], gains.argmin())):
-        assert (card.prompt, card.k) == (table["prompt"][row], table["k"][row])
-    shown = [card.prompt for card in (*best, *worst)]
-    assert len(shown) == len(set(shown)) == 12
-    changes = [card.scores[0][2] - card.scores[0][1] for card in best]
-    assert changes == sorted(changes, reverse=True)
+def test_largest_changes_are_the_ends_and_the_middle_and_no_prompt_comes_twice(tmp_path):
+    table = scores({"person": 0.0}, n=40, k=3)
+    comparison = results_of(table, judges(person="labeller")).comparisons[0]
+    found = pictures(tmp_path, table, "person").largest_changes(comparison, "person")
+    gains = (np.array(table["person"][120:]) - np.array(table["person"][:120])).reshape(40, 3).mean(axis=1)
+    order = [f"prompt number {i}" for i in np.argsort(-gains)]
+    assert [card.prompt for card in found["Largest gains"]] == order[:12]
+    assert [card.prompt for card in found["Largest losses"]] == order[:-13:-1]
+    assert [card.prompt for card in found["In the middle"]] == order[14:26]
+    assert f"person +{gains.max():.3f} over 3 seeds" == found["Largest gains"][0].note
 
 
 def test_nothing_is_a_large_change_where_nothing_changed(tmp_path):
@@ -300,14 +300,24 @@ def test_a_run_that_logged_nothing_or_other_metrics_has_the_charts_that_it_can(t
 # --- charts
 
 
-def test_an_interval_is_drawn_in_proportion_with_its_mark_in_the_middle():
-    def places(svg: str) -> list[float]:
-        return [float(v) for v in re.findall(r'(?:x1|x2|cx)="([\d.]+)"', svg)]
+def test_a_win_rate_is_drawn_in_proportion_with_one_half_in_the_middle():
+    total = results_of(scores({"person": 0.0}), judges(person="labeller")).comparisons[0].rewards["person"].total
+    total = replace(total, ci_low=0.4, win_rate=0.55, ci_high=0.65)
+    assert plots.reach([total]) == 0.2
+    low, high = drawn_at(plots.interval_row(total, 0.2), 'line class="range open"')
+    [dot] = drawn_at(plots.interval_row(total, 0.2), "circle")
+    assert (low - 50) / (dot - 50) == pytest.approx(-2, abs=0.01)
+    assert (high - 50) / (dot - 50) == pytest.approx(3, abs=0.01)
+    start, width = drawn_at(plots.bar_row(replace(total, win_rate=0.4), 0.2), "rect")
+    assert start + width == pytest.approx(50)
+    assert start == pytest.approx(low) == pytest.approx(26)  # the ends of the axis lie at 2 and 98 %
+    assert plots.reach([replace(total, ci_high=1.0)]) == 0.5
 
-    left, right, half, half_, low, high, dot = places(charts.interval(0.25, 0.5, 0.75, "open"))
-    assert half == half_ == dot == (left + right) / 2 == 190 / 2
-    assert (low - left) / (right - left) == pytest.approx(0.25, abs=0.01)
-    assert (high - left) / (right - left) == pytest.approx(0.75, abs=0.01)
+
+def drawn_at(svg: str, element: str) -> list[float]:
+    tag = re.search(f"<{element}[^>]*>", svg)
+    assert tag
+    return [float(v) for v in re.findall(r'(?:x1|x2|cx|x|width)="([\d.]+)%"', tag[0])]
 
 
 def test_smoothing_keeps_constants_and_ends_and_lowers_noise():
@@ -321,7 +331,7 @@ def test_smoothing_keeps_constants_and_ends_and_lowers_noise():
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-0.0031, 0.0007), (0.5, 0.5), (0.0, 0.0), (-3.0, 1200.0)])
 def test_ticks_are_few_round_and_cover_the_range(low, high):
-    ticks = charts._ticks(low, high)
+    ticks = charts.ticks(low, high)
     assert ticks[0] <= low
     assert ticks[-1] >= high
     assert 3 <= len(ticks) <= 6

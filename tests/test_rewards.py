@@ -1,5 +1,6 @@
 """Rewards: goldens of methods/rewards.md, the model's own logits as oracle, invariances of the batch."""
 
+import hashlib
 import itertools
 import os
 import sys
@@ -16,11 +17,12 @@ from torch.nn import functional as F
 from diffalign import rewards
 from diffalign.errors import InputError
 from diffalign.rewards.aesthetic import AestheticReward, AffineHead, fold
-from diffalign.rewards.clip import CLIPEncoder, CLIPParts, CLIPReward, differentiable_pixels
+from diffalign.rewards.clip import CLIPEncoder, CLIPParts, CLIPReward
 from diffalign.rewards.oracle import OracleReward
 from diffalign.tiny import oracle, scenes
 from diffalign.types import FunctionReward, RewardBatch
 from tests.builders import save_clip, tiny_clip
+from tests.loopback import Said, scripted
 
 PROMPTS = ["a red circle", "two blue squares on a table", "a red circle", "fog"]
 
@@ -105,17 +107,6 @@ def test_differentiable_clip_agrees_with_the_reference_front_end(parts, waves):
     torch.testing.assert_close(
         reward.differentiable_score(batch), reward.score(batch).scores, atol=2e-3, rtol=0
     )  # the tolerance of rewards.md 1.2
-
-
-def test_a_front_end_without_antialiasing_would_miss_that_tolerance(parts):
-    board = (torch.arange(96)[:, None] + torch.arange(96)[None]) % 2 * 1.0
-    images = board.expand(1, 3, 96, 96)
-    [reference] = CLIPEncoder(parts=parts)._pixels(images)
-    [ours] = differentiable_pixels(images, parts.processor)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (parts.processor.image_mean, parts.processor.image_std))
-    blunt = (F.interpolate(images, 32, mode="bicubic", align_corners=False)[0] - mean) / std
-    assert (ours - reference).abs().mean() < 0.02
-    assert (blunt - reference).abs().mean() > 0.5
 
 
 def test_gradient_reaches_the_pixels_and_not_the_weights(parts, waves):
@@ -294,18 +285,85 @@ GOLDEN = {  # rewards.md 3.3: (v1, v2)
 }
 
 
-@pytest.mark.parametrize(
-    ("version", "file"), [(0, "sa_0_4_vit_l_14_linear.pth"), (1, "sac+logos+ava1-l14-linearMSE.pth")], ids=["v1", "v2"]
-)
-def test_published_heads_give_their_golden_values(version, file):
+V1, V2 = "sa_0_4_vit_l_14_linear.pth", "sac+logos+ava1-l14-linearMSE.pth"
+
+
+def published(file: str) -> Path:
+    """A published head, where there is one."""
     folder = os.environ.get("DIFFALIGN_TEST_DATA")
     if folder is None:
         pytest.skip("DIFFALIGN_TEST_DATA is unset: it names the folder with aesthetic/*.pth")
-    head = AestheticReward(str(Path(folder) / "aesthetic" / file)).head
+    return Path(folder) / "aesthetic" / file
+
+
+def layers_of(state: dict[str, torch.Tensor], dropout: float) -> torch.nn.Sequential:
+    """v2 as its authors run it: a dropout after every layer but the last two."""
+    layers: list[torch.nn.Module] = []
+    for place in (0, 2, 4, 6, 7):
+        weight = state[f"layers.{place}.weight"]
+        layer = torch.nn.Linear(*weight.shape[::-1], dtype=weight.dtype)
+        layer.load_state_dict({"weight": weight, "bias": state[f"layers.{place}.bias"]})
+        layers += [layer, torch.nn.Dropout(dropout)] if place < 6 else [layer]
+    return torch.nn.Sequential(*layers).requires_grad_(False)
+
+
+@pytest.mark.parametrize(("version", "file"), [(0, V1), (1, V2)], ids=["v1", "v2"])
+def test_published_heads_give_their_golden_values(version, file):
+    head = AestheticReward(str(published(file))).head
     for name, vector in UNIT.items():
         unit = vector / (vector.norm() or 1)
         assert float(unit @ head.weight + head.bias) == pytest.approx(GOLDEN[name][version], abs=1e-9)
         assert float(head(unit[None].float())) == pytest.approx(GOLDEN[name][version], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "digest"),
+    [
+        (V1, 769, "3f61d2e577540bb2386b77f1eed5279599cbc005ec64101d3f6df4d29a07a42a"),
+        (V2, 927_969, "fdb85b42a8c89470b0107b27c9efb726a87ea22eb81679c8d8ed17dc79ebd94f"),
+    ],
+    ids=["v1", "v2"],
+)
+def test_published_heads_are_the_ones_of_the_golden_values(file, values, digest):
+    state = torch.load(published(file), map_location="cpu", weights_only=True)
+    content = b"".join(tensor.numpy().astype("<f4").tobytes() for tensor in state.values())
+    assert len(content) == 4 * values
+    assert hashlib.sha256(content).hexdigest() == digest
+
+
+def test_published_heads_fold_to_their_known_vectors():
+    v1, v2 = (AestheticReward(str(published(file))).head for file in (V1, V2))
+    assert float(v2.bias) == pytest.approx(5.236645844820, abs=1e-11)
+    assert float(v2.weight.norm()) == pytest.approx(17.995624776434, abs=1e-11)
+    assert float(v2.weight.sum()) == pytest.approx(-9.792627021749, abs=1e-11)
+    assert (int(v2.weight.argmax()), int(v2.weight.argmin())) == (288, 669)
+    assert float(v2.weight.abs().max()) == pytest.approx(2.3934364709, abs=1e-9)
+    first = [-0.6915934442661988, -0.5569938671797479, -0.3211685218551614, -0.6314835540301613, -0.18479302174080234]
+    assert v2.weight[:5].tolist() == pytest.approx(first, abs=1e-14)
+    assert float(v1.weight.norm()) == pytest.approx(28.444395846303, abs=1e-11)
+    assert float(v1.weight.sum()) == pytest.approx(-55.875739251744, abs=1e-11)
+    assert float(F.cosine_similarity(v1.weight, v2.weight, dim=0)) == pytest.approx(0.369479304594, abs=1e-11)
+    bounds = [AestheticReward(str(published(file))).range for file in (V1, V2)]
+    assert bounds == [pytest.approx((-24.915, 31.974), abs=1e-3), pytest.approx((-12.759, 23.232), abs=1e-3)]
+
+
+def test_the_published_v2_folded_is_its_layers_and_has_no_training_mode():
+    state = torch.load(published(V2), map_location="cpu", weights_only=True)
+    head, layers = fold(state), layers_of({k: v.double() for k, v in state.items()}, 0.2)
+    x = F.normalize(torch.randn(8, 768, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=1)
+    expected = layers.eval()(x)[:, 0]
+    torch.testing.assert_close(x @ head.weight + head.bias, expected, atol=1e-10, rtol=0)
+    assert (layers.train()(x)[:, 0] - expected).abs().max() > 1e-3  # noise: what a parent's train() would do
+
+
+def test_training_mode_of_a_parent_does_not_change_aesthetic_scores(parts, waves, tmp_path):
+    save_file(head_state([16, 12, 8, 6, 4, 1], [0, 2, 4, 6, 7]), tmp_path / "head.safetensors")
+    reward = AestheticReward(str(tmp_path / "head.safetensors"), encoder=CLIPEncoder(parts=parts))
+    before = reward.score(RewardBatch(images=waves)).scores
+    torch.nn.ModuleList([parts.net]).train()
+    after = reward.score(RewardBatch(images=waves)).scores
+    parts.net.eval()
+    assert torch.equal(before, after)
 
 
 # --- oracle
@@ -362,6 +420,7 @@ def plugins(tmp_path, monkeypatch):
                 version = "1"
                 requires = frozenset({"images"})
                 range = (0.0, 1.0)
+                modality, differentiable, licence = "image", False, "-"
 
                 def __init__(self, model="plain", weight=1.0):
                     self.model, self.weight = model, weight
@@ -369,6 +428,12 @@ def plugins(tmp_path, monkeypatch):
                 def score(self, batch):
                     from diffalign.types import RewardOutput
                     return RewardOutput(scores=self.weight * batch.images[:, 0].mean((1, 2)))
+
+            class Terse:
+                name, version, requires, range, differentiable = "terse", "1", frozenset(), (0, 1), False
+
+                def score(self, batch):
+                    return None
 
             def length(images, prompts):
                 return [float(len(p)) for p in prompts]
@@ -430,9 +495,11 @@ def test_a_wrong_reward_ends_in_one_line(plugins, spec, options, message):
 def test_the_declared_rewards_exist(tmp_path):
     save_file(head_state([16, 4, 1], [0, 2]), tmp_path / "head.safetensors")
     declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    for name, place in declared["project"]["entry-points"]["diffalign.rewards"].items():
-        options = {"model": str(tmp_path / "head.safetensors")} if name == "aesthetic" else {}
-        assert rewards.load(place, **options).name == name
+    with scripted(lambda asked: Said({})) as server:
+        models = {"aesthetic": str(tmp_path / "head.safetensors"), "http": server.url}
+        for name, place in declared["project"]["entry-points"]["diffalign.rewards"].items():
+            options = {"model": models[name]} if name in models else {}
+            assert rewards.load(place, **options).name == name
 
 
 def test_moving_a_reward_moves_its_network_and_leaves_others_alone(parts):
@@ -440,3 +507,8 @@ def test_moving_a_reward_moves_its_network_and_leaves_others_alone(parts):
     rewards.move(clip, "cpu")
     rewards.move(OracleReward(), "cpu")
     assert clip.encoder.device == torch.device("cpu")
+
+
+def test_a_reward_that_does_not_say_what_it_is_is_refused(plugins):
+    with pytest.raises(InputError, match=r"must declare differentiable, licence, .* got one without licence, modality"):
+        rewards.load("painted:Terse")

@@ -24,7 +24,7 @@ LAYERS = [
     ("rounds",),
     ("train",),
     ("api",),
-    ("cli", "cli_data", "tiny makers"),
+    ("cli", "cli_data", "cli_rewards", "tiny makers"),
 ]
 """Lowest first; a module may import from its own layer and from those below."""
 

@@ -1,4 +1,4 @@
-"""Prompt sets, read untouched: .txt (one a line), .jsonl, .json, .csv, .tsv (no quoting, as PartiPrompts is written).
+"""Prompt files, read untouched: .txt (one a line), .jsonl, .json, .csv, .tsv (no quoting, as PartiPrompts is written).
 
 Blanks around a prompt are kept, since the seed of an image is derived from the prompt's bytes; blank prompts are
 skipped in .txt only, and are errors elsewhere.
@@ -27,6 +27,8 @@ class PromptSet:
     name: str
     prompts: list[str]
     metadata: list[dict[str, Any]]
+    indexed: bool = False
+    """Rows are places of a published list: a prompt that is given twice is two rows, each with seeds of its own."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -41,16 +43,26 @@ class PromptSet:
 
 
 def read_prompts(spec: str | Path, limit: int | None = None) -> PromptSet:
-    """The prompts of a file, or of a shipped set by name ("tiny").
+    """The prompts of a file, or of a set by name ("tiny", or a published one as `data.prompt_sets` takes it).
 
     Args:
         limit: Keep so many: those of least sha256, in the file's order. Files are often sorted by category, so that
             their first rows would be a biased choice.
 
     Raises:
-        InputError: No such file or set, an unknown format, a missing column, a prompt that is not text, or no prompt at
-            all.
+        InputError: No such file or set, an unknown format, a missing column, a prompt that is not text, no prompt at
+            all, or a published set that has changed.
     """
+    from diffalign.data import prompt_sets
+
+    name = str(spec).partition(":")[0]
+    published = name in prompt_sets.SETS and not Path(spec).is_file()
+    found = prompt_sets.read_set(str(spec)) if published else read_file(spec)
+    return found if limit is None else _limited(found, limit)
+
+
+def read_file(spec: str | Path) -> PromptSet:
+    """The prompts of a file or a shipped set."""
     file = _find(str(spec))
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -60,13 +72,24 @@ def read_prompts(spec: str | Path, limit: int | None = None) -> PromptSet:
     rows = list(read(text, file))
     if not rows:
         raise InputError(f"prompts must hold at least one prompt, got none in {str(spec)!r}")
-    found = PromptSet(name=str(spec), prompts=[p for p, _ in rows], metadata=[m for _, m in rows])
-    return found if limit is None else _limited(found, limit)
+    return PromptSet(name=str(spec), prompts=[p for p, _ in rows], metadata=[m for _, m in rows])
 
 
 def by_hash(prompts: list[str]) -> list[int]:
     """Places of prompts by ascending sha256 of their UTF-8 bytes: an order that nobody chose."""
     return sorted(range(len(prompts)), key=lambda i: (hashlib.sha256(prompts[i].encode()).digest(), i))
+
+
+def quick_rows(found: PromptSet, labels: list[str] | None, count: int = 96) -> PromptSet:
+    """About `count` prompts, in their order: of each label equally many, those of least sha256; all if there are fewer.
+
+    PartiPrompts' twelve categories give 8 prompts each.
+    """
+    groups: dict[str, list[int]] = {}
+    for i in by_hash(found.prompts):
+        groups.setdefault(labels[i] if labels is not None else "", []).append(i)
+    each = max(1, count // len(groups))
+    return found.rows(sorted(i for members in groups.values() for i in members[:each]))
 
 
 def _limited(found: PromptSet, limit: int) -> PromptSet:
@@ -78,9 +101,11 @@ def _limited(found: PromptSet, limit: int) -> PromptSet:
 def _find(spec: str) -> Path:
     file = Path(resolve(spec, PROMPTS))
     if not file.is_file():
-        shipped = ", ".join(sorted(PROMPTS))
-        near = near_match(spec, PROMPTS) if "did you mean" in near_match(spec, PROMPTS) else ""
-        raise InputError(f"prompts must be a file or a shipped set ({shipped}), got {spec!r}{near}")
+        from diffalign.data.prompt_sets import SETS
+
+        known = sorted([*PROMPTS, *SETS])
+        near = near_match(spec, known) if "did you mean" in near_match(spec, known) else ""
+        raise InputError(f"prompts must be a file or a set by name ({', '.join(known)}), got {spec!r}{near}")
     if file.suffix not in _SUFFIXES:
         raise InputError(f"prompts must be a {', '.join(_SUFFIXES)} file, got {spec!r}")
     return file

@@ -159,4 +159,6 @@ SD3 = Family(
     use_sampler=use_sampler,
     call_options=call_options,
     save_lora=save_lora,
+    steps=28,
+    guidance=7.0,
 )

@@ -38,3 +38,7 @@ class Family:
     """What a pipeline must be called with to see the conditions of `encode_prompts`."""
     save_lora: Callable[[Path, dict[str, Tensor], dict[str, Any]], None]
     """(folder, adapter weights in peft's names, adapter metadata) -> a file that the pipeline loads."""
+    steps: int
+    """Sampling steps where nobody chose, as the evaluation protocol has them."""
+    guidance: float
+    """Weight w in uncond + w (cond - uncond) where nobody chose."""

@@ -103,4 +103,6 @@ SD = Family(
     use_sampler=use_sampler,
     call_options=lambda pipeline: {},
     save_lora=save_lora,
+    steps=50,
+    guidance=7.5,
 )

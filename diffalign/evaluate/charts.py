@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-_INTERVAL = (190, 26, 8)
-"""Width, height and margin of an interval."""
+_CHANGE = (190, 26, 8)
+"""Width, height and margin of a change."""
 _LINES = (360, 190, 44, 12, 24)
 """Width, height, and the margins left, right and top (bottom is the same as top)."""
 _MOST_POINTS = 300
@@ -25,34 +25,16 @@ class Series:
     """(x, y) of what was measured now and then; drawn as joined dots."""
 
 
-def interval(low: float, value: float, high: float, style: str) -> str:
-    """An interval within [0, 1] and the value in it, with a mark at one half."""
-    width, height, margin = _INTERVAL
-    y = height / 2
-
-    def x(share: float) -> str:
-        return f"{margin + share * (width - 2 * margin):.1f}"
-
-    label = f"{100 * value:.1f} %, interval {100 * low:.1f} to {100 * high:.1f}"
-    return (
-        f'<svg class="interval" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
-        f'<line class="axis" x1="{x(0.0)}" x2="{x(1.0)}" y1="{y}" y2="{y}"/>'
-        f'<line class="half" x1="{x(0.5)}" x2="{x(0.5)}" y1="3" y2="{height - 3}"/>'
-        f'<line class="range {style}" x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}"/>'
-        f'<circle class="dot {style}" cx="{x(value)}" cy="{y}" r="5"/></svg>'
-    )
-
-
 def change(before: float, after: float, low: float, high: float) -> str:
     """Two values on an axis from `low` to `high`: hollow before, full after."""
-    width, height, margin = _INTERVAL
+    width, height, margin = _CHANGE
     y = height / 2
 
     def x(value: float) -> str:
         return f"{margin + (value - low) / ((high - low) or 1) * (width - 2 * margin):.1f}"
 
     return (
-        f'<svg class="interval" viewBox="0 0 {width} {height}" role="img" aria-label="{before:.3g} to {after:.3g}">'
+        f'<svg class="change" viewBox="0 0 {width} {height}" role="img" aria-label="{before:.3g} to {after:.3g}">'
         f'<line class="axis" x1="{x(low)}" x2="{x(high)}" y1="{y}" y2="{y}"/>'
         f'<line class="range arm" x1="{x(before)}" x2="{x(after)}" y1="{y}" y2="{y}"/>'
         f'<circle class="hollow" cx="{x(before)}" cy="{y}" r="4.5"/>'
@@ -67,8 +49,8 @@ def lines(title: str, series: Sequence[Series], mark: float | None = None) -> st
     xs = [p[0] for p in everything]
     ys = [p[1] for p in everything] + ([] if mark is None else [mark])
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    ticks = _ticks(min(ys), max(ys))
-    y_low, y_high = min(ticks[0], min(ys)), max(ticks[-1], max(ys))
+    scale = ticks(min(ys), max(ys))
+    y_low, y_high = min(scale[0], min(ys)), max(scale[-1], max(ys))
 
     def at(point: tuple[float, float]) -> str:
         x = left + (point[0] - x_low) / (x_high - x_low) * (width - left - right)
@@ -76,10 +58,10 @@ def lines(title: str, series: Sequence[Series], mark: float | None = None) -> st
         return f"{x:.1f},{y:.1f}"
 
     out = [f'<svg class="lines" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
-    for tick in ticks:
+    for tick in scale:
         y = at((x_low, tick)).split(",")[1]
         out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>')
-        out.append(f'<text class="tick" x="{left - 6}" y="{y}" text-anchor="end" dy="0.35em">{_label(tick)}</text>')
+        out.append(f'<text class="tick" x="{left - 6}" y="{y}" text-anchor="end" dy="0.35em">{tick_label(tick)}</text>')
     for x, anchor in ((x_low, "start"), (x_high, "end")):
         place = at((x, y_low)).split(",")[0]
         out.append(f'<text class="tick" x="{place}" y="{height - 6}" text-anchor="{anchor}">{x:.0f}</text>')
@@ -121,15 +103,16 @@ def _path(line: Sequence[tuple[float, float]], at: Callable[[tuple[float, float]
     return " ".join(at(point) for point in kept)
 
 
-def _label(tick: float) -> str:
+def tick_label(tick: float) -> str:
+    """A tick as text, with a true minus sign."""
     return f"{tick:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers that cover [low, high], three to six of them."""
+def ticks(low: float, high: float, steps: int = 3) -> list[float]:
+    """Round numbers that cover [low, high], at most `steps` steps and one at either end: three to six by default."""
     if high <= low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
-    rough = (high - low) / 3
+    rough = (high - low) / steps
     unit = 10.0 ** math.floor(math.log10(rough))
     step = unit * next(m for m in (1, 2, 2.5, 5, 10) if m * unit >= rough)
     first = math.floor(low / step)

@@ -8,8 +8,12 @@ import numpy as np
 from jaxtyping import Float
 
 from diffalign.evaluate import stats
-from diffalign.evaluate.results import Comparison, Measured, RewardResult, Role
+from diffalign.evaluate.judges import reward_correlations
+from diffalign.evaluate.results import Comparison, Correlations, Measured, Rating, RewardResult, Role
 from diffalign.evaluate.score import Table, check_valid
+
+_RATED = 2_000
+"""Resamples for the intervals of ratings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +25,7 @@ class Judge:
     version: str
     role: Role
     role_declared: bool
+    role_reason: str = "declared"
 
 
 def compare(
@@ -53,6 +58,7 @@ def compare(
             total=measure(*pair, seed=seed, strata=strata),
             role=judge.role,
             role_declared=judge.role_declared,
+            role_reason=judge.role_reason,
             spec=judge.spec,
             version=judge.version,
             attributes={
@@ -63,7 +69,45 @@ def compare(
             },
             groups={name: _by_label(*pair, of, seed) for name, of in labels.items()},
         )
-    return Comparison(arm=arm, against=against, rewards=_corrected(rewards))
+    return Comparison(
+        arm=arm,
+        against=against,
+        rewards=_corrected(rewards),
+        correlations=correlations(table, [judge.name for judge in judges], arm=arm, against=against),
+    )
+
+
+def correlations(table: Table, rewards: Sequence[str], *, arm: str, against: str) -> Correlations | None:
+    """Pearson correlations between rewards of the mean difference per prompt, over the prompts that both judged."""
+    if len(rewards) < 2:
+        return None
+    differences = {}
+    for name in rewards:
+        d = matrix(table, arm, name) - matrix(table, against, name)
+        means, kept = stats.per_prompt(d)
+        differences[name] = np.full(len(d), np.nan)
+        differences[name][kept] = means
+    names, found = reward_correlations(differences)
+    return Correlations(rewards=names, matrix=tuple(tuple(_defined(float(v)) for v in row) for row in found))
+
+
+def ratings(table: Table, arms: Sequence[str], rewards: Sequence[str], *, seed: int = 0) -> tuple[Rating, ...]:
+    """Bradley-Terry ratings of all arms by each reward, on the prompts that have a score in every arm."""
+    found: list[Rating] = []
+    for name in rewards:
+        scores = np.stack([matrix(table, arm, name) for arm in arms])  # [A, n, K]
+        scores = scores[:, ~np.isnan(scores).any((0, 2))]
+        won = np.array([[stats.outcomes(a, b).mean(1) for b in scores] for a in scores])  # [A, A, n]
+        flat = won.reshape(len(arms) ** 2, -1)
+        draws = stats.bootstrap_means(flat, seed=seed, resamples=_RATED)
+        point = stats.bradley_terry(won.mean(-1))
+        drawn = stats.bradley_terry(draws.T.reshape(-1, len(arms), len(arms)))
+        for i, arm in enumerate(arms):
+            low, high = stats.percentile_interval(drawn[:, i]) if not np.isnan(drawn).any() else (np.nan, np.nan)
+            found.append(
+                Rating(reward=name, arm=arm, rating=_defined(float(point[i])), low=_defined(low), high=_defined(high))
+            )
+    return tuple(found)
 
 
 def measure(
@@ -85,14 +129,15 @@ def measure(
     differences, _ = stats.per_prompt(arm - against)
     rate = float(won.mean())
     mean, se, d_z = stats.mean_difference(differences)
+    chosen = None if strata is None else [strata[i] for i in kept]
+    drawn = stats.bootstrap_means(np.stack([won, differences]), seed=seed, strata=chosen)
     method: Literal["bootstrap", "stratified bootstrap", "wilson"] = (
         "bootstrap" if strata is None else "stratified bootstrap"
     )
+    low, high = stats.percentile_interval(drawn[0])
     if rate in (0.0, 1.0):
         method, (low, high) = "wilson", stats.wilson(rate, len(won))
-    else:
-        chosen = None if strata is None else [strata[i] for i in kept]
-        low, high = stats.bootstrap_interval(won, seed=seed, strata=chosen)
+    difference_low, difference_high = stats.percentile_interval(drawn[1])
     single = arm.shape[1] == 1
     p = (
         stats.sign_test(int((won == 1).sum()), int((won == 0).sum()))
@@ -105,6 +150,8 @@ def measure(
         mean_arm=float(stats.per_prompt(arm)[0].mean()),
         mean_against=float(stats.per_prompt(against)[0].mean()),
         mean_difference=mean,
+        difference_low=difference_low,
+        difference_high=difference_high,
         difference_se=_defined(se),
         d_z=_defined(d_z),
         win_rate=rate,
@@ -113,6 +160,10 @@ def measure(
         ci_method=method,
         strict_win_share=stats.win_rate(np.where(np.isnan(outcome), np.nan, outcome == 1)),
         tie_share=stats.win_rate(np.where(np.isnan(outcome), np.nan, outcome == 0.5)),
+        wins=int((outcome == 1).sum()),
+        ties=int((outcome == 0.5).sum()),
+        losses=int((outcome == 0).sum()),
+        cross_seed_win_rate=None if single else stats.cross_seed_win_rate(arm, against),
         p=p,
         test="sign" if single else "sign-flip permutation",
         elo=_defined(stats.elo_difference(rate)),

@@ -4,58 +4,71 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from diffalign import rewards as plugins
 from diffalign.data.prompts import PromptSet, read_prompts
 from diffalign.errors import InputError, near_match
+from diffalign.evaluate.arms import Arm
 from diffalign.evaluate.comparison import Judge
-from diffalign.evaluate.generate import arm_source, latent_shape
+from diffalign.evaluate.generate import latent_shape
 from diffalign.evaluate.results import ROLES, Role
-from diffalign.evaluate.score import score_images
+from diffalign.evaluate.score import IMAGES, read_image, score_images
+from diffalign.evaluate.store import JOURNALS, write_whole
 from diffalign.models.load import ModelSource, detect_family, load_net_config, load_vae_config
-from diffalign.types import Reward
+from diffalign.types import Reward, SetReward
 
 PROMPTS_FILE = "prompts.jsonl"
 """Written first and removed last, so that it marks a folder as one of an evaluation."""
 RESULTS_FILE = "results.json"
 """Written last and removed first: where it lies, the evaluation is whole."""
+MANIFEST_FILE = "manifest.json"
+"""What the images depend on; an evaluation that is taken up again must agree with it."""
 
-_OURS = {PROMPTS_FILE, "images", "scores.parquet", "report.html", RESULTS_FILE}
-_LABELS = ("category", "challenge")
-
-
-def base_source(base: str | ModelSource) -> ModelSource:
-    """The pipeline that the other arm is compared with."""
-    if isinstance(base, ModelSource):
-        return base
-    source = arm_source(base, ModelSource(path=base))
-    if source.path == base and (source.lora or source.denoiser):
-        raise InputError(f"base must be a pipeline or a run, got {base!r}, which goes on top of one")
-    return source
+_OURS = {
+    PROMPTS_FILE, MANIFEST_FILE, "images", "sweep", JOURNALS, "scores.parquet", "sweep.parquet", "report.html",
+    "summary.md", RESULTS_FILE,
+}  # fmt: skip
+_LABELS = ("category", "tag", "style", "challenge")
+"""Labels that results are told apart by; totals are stratified by the first that is there."""
 
 
 def distinct(prompts: str | Path | Sequence[str] | PromptSet) -> tuple[PromptSet, int]:
-    """Each prompt once, in order, and how many were dropped."""
+    """Each prompt once, in order, and how many were dropped; of a set whose rows are places, every row."""
     if isinstance(prompts, (str, Path)):
         prompts = read_prompts(prompts)
     if not isinstance(prompts, PromptSet):
         prompts = PromptSet(name="given in Python", prompts=list(prompts), metadata=[{} for _ in prompts])
     if not prompts.prompts:
         raise InputError("prompts must hold at least one prompt, got none")
+    if prompts.indexed:
+        return prompts, 0
     first = {prompt: row for row, prompt in reversed(list(enumerate(prompts.prompts)))}
     kept = prompts.rows(sorted(first.values()))
     return kept, len(prompts) - len(kept)
 
 
-def load_judges(specs: Sequence[str | Reward], roles: Mapping[str, str]) -> tuple[list[Reward], list[Judge]]:
-    """Rewards, and their parts in the evaluation; a reward without a declared role counts as held out."""
+def load_judges(
+    specs: Sequence[str | Reward | SetReward], roles: Mapping[str, str]
+) -> tuple[list[Reward], list[Judge], dict[str, SetReward]]:
+    """(rewards, their parts in the evaluation, rewards of sets by spec); without a declared role one is held out."""
     if not specs:
         raise InputError("rewards must name at least one reward, got none")
-    loaded = [plugins.load(spec) if isinstance(spec, str) else spec for spec in specs]
-    names = [reward.name for reward in loaded]
+    sets: dict[str, SetReward] = {}
+    found: list[tuple[str, Reward]] = []
+    for spec in specs:
+        if isinstance(spec, str) and spec.partition(":")[0] in plugins.names(plugins.SET_GROUP):
+            sets[spec] = plugins.load_set(spec)
+        elif isinstance(spec, SetReward):
+            sets[spec.name] = spec
+        else:
+            reward = plugins.load(spec) if isinstance(spec, str) else spec
+            found.append((spec if isinstance(spec, str) else reward.name, reward))
+    names = [reward.name for _, reward in found]
+    if not found:
+        raise InputError(f"rewards must name at least one reward of single images, got {', '.join(sets)} of sets alone")
     if len(set(names)) < len(names):
         raise InputError(f"rewards must have different names, got {', '.join(names)}")
     for name, role in roles.items():
@@ -66,14 +79,14 @@ def load_judges(specs: Sequence[str | Reward], roles: Mapping[str, str]) -> tupl
     judges = [
         Judge(
             name=reward.name,
-            spec=spec if isinstance(spec, str) else reward.name,
+            spec=spec,
             version=reward.version,
             role=cast(Role, roles.get(reward.name, "held_out")),
             role_declared=reward.name in roles,
         )
-        for spec, reward in zip(specs, loaded, strict=True)
+        for spec, reward in found
     ]
-    return loaded, judges
+    return [reward for _, reward in found], judges, sets
 
 
 def common_size(sources: Mapping[str, ModelSource]) -> tuple[int, int]:
@@ -85,8 +98,27 @@ def common_size(sources: Mapping[str, ModelSource]) -> tuple[int, int]:
         shapes[arm] = (channels, height, width)
         sizes.append((height * factor, width * factor))
     if len(set(shapes.values())) > 1:
-        raise InputError(f"base and aligned must start from latents of one shape, got {shapes}")
+        raise InputError(f"{' and '.join(shapes)} must start from latents of one shape, got {shapes}")
     return sizes[0]
+
+
+def image_size(arms: Sequence[Arm], size: tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) of all arms' images; of finished ones the first is looked at."""
+    sizes = {} if size is None else {"models": size}
+    for arm in arms:
+        if arm.images is not None:
+            first = next(f for f in sorted(arm.images.iterdir()) if f.suffix.lower() in IMAGES)
+            sizes[arm.name] = (int(read_image(first).shape[1]), int(read_image(first).shape[2]))
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"arms must have images of one size, got {sizes}")
+    return next(iter(sizes.values()))
+
+
+def check_arms(arms: Sequence[Arm], sweep: Sequence[float]) -> None:
+    """Finished images have the guidance that they have."""
+    finished = [arm.name for arm in arms if arm.images is not None]
+    if finished and sweep:
+        raise InputError(f"sweep must be of models, got {', '.join(finished)} as finished images")
 
 
 def rehearse(rewards: Sequence[Reward], prompts: PromptSet, size: tuple[int, int]) -> None:
@@ -94,11 +126,11 @@ def rehearse(rewards: Sequence[Reward], prompts: PromptSet, size: tuple[int, int
     score_images([torch.full((3, *size), 0.5)], prompts.prompts[:1], rewards, metadata=prompts.metadata[:1])
 
 
-def claim(folder: Path, prompts: PromptSet) -> None:
-    """Makes the folder, emptied of an earlier evaluation, and writes the prompts there; other files are left alone.
+def claim(folder: Path, prompts: PromptSet, manifest: Mapping[str, Any], *, fresh: bool = False) -> None:
+    """Makes the folder and writes manifest and prompts there, or takes up the evaluation in it; others' files stay.
 
     Raises:
-        InputError: A file of another origin has the name of one of ours.
+        InputError: A file of another origin has the name of one of ours, or the evaluation there has other settings.
     """
     found = {place.name for place in folder.iterdir()} & _OURS if folder.is_dir() else set()
     if folder.is_file() or (found and PROMPTS_FILE not in found):
@@ -107,13 +139,39 @@ def claim(folder: Path, prompts: PromptSet) -> None:
             f"output must be a folder without {', '.join(sorted(_OURS))} of another origin, got {str(folder)!r} with "
             f"{others}"
         )
-    for name in sorted(found, key=lambda n: (n != RESULTS_FILE, n == PROMPTS_FILE)):
+    if found and not fresh:
+        _check_same(folder, manifest)
+    for name in sorted(
+        found if fresh else found & {RESULTS_FILE}, key=lambda n: (n != RESULTS_FILE, n == PROMPTS_FILE)
+    ):
         place = folder / name
         shutil.rmtree(place) if place.is_dir() else place.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
     rows = zip(prompts.prompts, prompts.metadata, strict=True)
     lines = [json.dumps({"prompt": prompt, **about}, ensure_ascii=False) for prompt, about in rows]
-    (folder / PROMPTS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(folder / PROMPTS_FILE, ("\n".join(lines) + "\n").encode())
+    write_whole(folder / MANIFEST_FILE, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _check_same(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Whether what lies there can be gone on with: arms and seeds may join, what images depend on may not change."""
+    file = folder / MANIFEST_FILE
+    old = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    remedy = "name a new folder, or start it anew with fresh"
+    if old.get("format") != manifest["format"]:
+        raise InputError(
+            f"output must be a new folder, got {str(folder)!r} with an evaluation of another version; {remedy}"
+        )
+    changes = [("prompts", old["prompts"]["sha256"], manifest["prompts"]["sha256"])]
+    changes += [(name, old["sampling"].get(name), value) for name, value in (manifest["sampling"] or {}).items()]
+    for name, about in manifest["arms"].items():
+        if name in old["arms"]:
+            changes.append((f"the model of {name}", old["arms"][name]["digest"], about["digest"]))
+    for what, before, now in changes:
+        if before != now:
+            raise InputError(
+                f"output must be a new folder or hold the same evaluation, got {str(folder)!r} where {what} was "
+                f"{before!r} and is {now!r} now; {remedy}"
+            )
 
 
 def labels_of(prompts: PromptSet) -> dict[str, list[str]]:

@@ -1,86 +1,89 @@
-"""One report.html that a person can read: verdict first, then the numbers, then pictures that nobody chose.
+"""One report.html that a person can read: verdict first, then what is wrong, the numbers, and pictures nobody chose.
 
-Everything is inline: no scripts, no fonts, nothing fetched.
+Everything is inline: no scripts, no fonts, nothing fetched. A section that has nothing to show is not there.
 """
 
-import base64
-import io
-import math
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.prompts import by_hash
-from diffalign.evaluate import charts
+from diffalign.evaluate import charts, plots, views, wording
+from diffalign.evaluate.album import album
 from diffalign.evaluate.curves import read_training
-from diffalign.evaluate.results import ROLES, Comparison, Measured, Results, direction, verdict
+from diffalign.evaluate.results import PROTOCOL, ROLES, Measured, Results, direction, verdict
 from diffalign.evaluate.score import Table
 
-GALLERY_PROMPTS = 48
-LARGEST_CHANGES = 6
-
-_INLINE_SIDE = 384
-"""Larger images are shrunk to this side for the page."""
-_PIXELATED_SIDE = 128
-"""Images up to this side are shown enlarged, pixel by pixel."""
+WORDS = {"won": "better", "lost": "worse", "undecided": "no difference shown", "mixed": "judges disagree"}
+"""Outcomes in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One image in the page."""
+class Section:
+    """One part of the page."""
 
-    arm: str
-    uri: str
-    width: int | None
-    """Shown width of a small image, a whole multiple of its own; None lets the page decide."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """A prompt with its image from either arm."""
-
-    prompt: str
-    k: int
-    pictures: tuple[Picture, ...]
-    scores: tuple[tuple[str, float, float], ...]
-    """(reward, score against, score of the arm)."""
+    id: str
+    title: str
+    template: str
+    about: Any = True
+    """What it shows; the section is left out where that is empty."""
 
 
-def write_report(results: Results, table: Table, folder: Path) -> Path:
+def write_report(
+    results: Results, table: Table, folder: Path, labels: Mapping[str, Sequence[str]] | None = None
+) -> Path:
     """Writes report.html into an evaluation's folder; images are read from there.
 
     Args:
         table: The raw scores: columns arm, prompt, prompt_index, k, file_name and those of the rewards.
+        labels: Labels of the prompts by their name, such as `Category`; the gallery shows as many of each value of the
+            first.
     """
-    from jinja2 import Environment, StrictUndefined, select_autoescape
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
     from markupsafe import Markup
 
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8"),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=lambda share: wording.tied(wording.percent(share)),
+        number=wording.number,
+        signed=wording.signed,
+        difference=wording.difference,
+        p_value=wording.p_value,
+        rating=wording.rating,
+        tied=wording.tied,
+        json=lambda thing: json.dumps(thing, indent=1, default=str, ensure_ascii=False),
+    )
     comparison = results.comparisons[0]
-    said = verdict(comparison)
-    chief = next(iter(_by_role(comparison)))
-    pictures = album(comparison, table, folder)
-    run = results.models[comparison.arm].get("run")
-    environment = Environment(autoescape=select_autoescape(default=True), undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(percent=_percent, number=_number, p_value=_p_value, signed=_signed, tied=_tied)
-    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
-    page = template.render(
+    sections = [section for section in _sections(results, table, folder, labels or {}) if section.about]
+    page = environment.get_template("report.html.j2").render(
         results=results,
         comparison=comparison,
-        rewards=_by_role(comparison),
-        verdict=said,
-        words={"won": "better", "lost": "worse", "undecided": "no difference shown", "mixed": "judges disagree"},
+        several=len(results.comparisons) > 1,
+        verdicts=[(views.name_of(results, c), c, verdict(c)) for c in results.comparisons],
+        words=WORDS,
         roles=ROLES,
-        chief=chief,
-        detailed={name: r for name, r in _by_role(comparison).items() if len(r.attributes) > 1},
-        grouped=comparison.rewards[chief].groups,
-        training=read_training(Path(run)) if run else None,
-        gallery=pictures.unselected(),
-        changes=pictures.largest_changes(chief),
+        protocol=PROTOCOL,
+        sections=sections,
+        flags=[(part.title, check) for part in views.checked(results) for check in part.flagged],
         schedulers=_schedulers(results),
-        reproduce=results.settings["command"] or python_call(results, folder),
+        sampler=views.sampler(results),
+        rewards=views.by_role(comparison),
+        judge=views.judge(comparison),
+        by_role=views.by_role,
+        shared=views.roles(results),
+        of_role=views.of_role,
+        name_of=lambda c: views.name_of(results, c),
         direction=direction,
-        interval=lambda m: Markup(charts.interval(m.ci_low, m.win_rate, m.ci_high, direction(m))),
+        reach=plots.reach,
+        interval_row=lambda m, width: Markup(plots.interval_row(m, width)),
+        bar_row=lambda m, width: Markup(plots.bar_row(m, width)),
         change=lambda m, every: Markup(charts.change(m.mean_against, m.mean_arm, *_span(every))),
         drawn=Markup,
     )
@@ -89,52 +92,75 @@ def write_report(results: Results, table: Table, folder: Path) -> Path:
     return file
 
 
-@dataclass(frozen=True, kw_only=True)
-class Album:
-    """The images of an evaluation with their scores, as cards of an arm beside its opponent."""
-
-    comparison: Comparison
-    table: Table
-    folder: Path
-    partners: dict[int, int]
-    """Row of the opponent's image of the same prompt and seed, by row of the arm's."""
-
-    def unselected(self) -> list[Card]:
-        """The first image of at most 48 prompts, by ascending sha256 of the prompt."""
-        rows = [row for row in self.partners if self.table["k"][row] == 0]
-        order = by_hash([self.table["prompt"][row] for row in rows])[:GALLERY_PROMPTS]
-        return [self.card(rows[i]) for i in order]
-
-    def largest_changes(self, reward: str) -> dict[str, list[Card]]:
-        """The six images that gained most by a reward and the six that lost most, at most one a prompt."""
-        scores = self.table[reward]
-        strongest: dict[int, tuple[float, int]] = {}
-        for row, other in self.partners.items():
-            gain, index = scores[row] - scores[other], self.table["prompt_index"][row]
-            if abs(gain) > abs(strongest.get(index, (0.0, 0))[0]):  # False for NaN
-                strongest[index] = (gain, row)
-        ordered = sorted(strongest.values())
-        gained = [row for gain, row in reversed(ordered) if gain > 0][:LARGEST_CHANGES]
-        lost = [row for gain, row in ordered if gain < 0][:LARGEST_CHANGES]
-        return {"Largest gains": [self.card(r) for r in gained], "Largest losses": [self.card(r) for r in lost]}
-
-    def card(self, row: int) -> Card:
-        other = self.partners[row]
-        places = [(self.table["arm"][r], self.table["file_name"][r]) for r in (other, row)]
-        return Card(
-            prompt=self.table["prompt"][row],
-            k=self.table["k"][row],
-            pictures=tuple(_picture(arm, self.folder / "images" / arm / name) for arm, name in places),
-            scores=tuple((name, self.table[name][other], self.table[name][row]) for name in _by_role(self.comparison)),
-        )
-
-
-def album(comparison: Comparison, table: Table, folder: Path) -> Album:
-    """The album of a comparison."""
-    places = list(zip(table["arm"], table["prompt_index"], table["k"], strict=True))
-    opponents = {(i, k): row for row, (arm, i, k) in enumerate(places) if arm == comparison.against}
-    partners = {row: opponents[i, k] for row, (arm, i, k) in enumerate(places) if arm == comparison.arm}
-    return Album(comparison=comparison, table=table, folder=folder, partners=partners)
+def _sections(results: Results, table: Table, folder: Path, labels: Mapping[str, Sequence[str]]) -> list[Section]:
+    """All parts of the page, those with nothing to show among them."""
+    comparison, sweep = results.comparisons[0], results.sweep
+    rewards = views.by_role(comparison)
+    chief = next(iter(rewards))
+    pictures = album(results.arms, list(rewards), table, folder, next(iter(labels.values()), None))
+    judged = [(c, views.judge(c)) for c in views.versus_base(results)]
+    changes = [(views.name_of(results, c), name, pictures.largest_changes(c, name)) for c, name in judged]
+    runs = {arm: model.get("run") for arm, model in results.models.items()}
+    trained = {arm: read_training(Path(run)) for arm, run in runs.items() if run}
+    swept = sweep and {
+        "figures": views.sweep_charts(sweep, views.styles(results)),
+        "words": views.sweep_words(sweep),
+        "rows": views.sweep_rows(results, sweep),
+    }
+    parts = [
+        Section(id="win-rates", title="Win rates", template="win_rates", about=views.forest(results)),
+        Section(id="numbers", title="Numbers", template="numbers"),
+        Section(id="ratings", title="Ratings", template="ratings", about=views.ratings(results)),
+        Section(id="checks", title="Checks", template="checks", about=views.checked(results)),
+    ]
+    for label in comparison.rewards[chief].groups:
+        found = {name: views.grouped(results, name, label) for name in rewards}
+        parts.append(Section(id=f"by-{label.lower()}", title=f"By {label.lower()}", template="groups", about=found))
+    parts += [
+        Section(id="components", title="What changed", template="components", about=_detailed(results)),
+        Section(
+            id="trade-off",
+            title="What training saw against what it never saw",
+            template="figures",
+            about=views.trade_offs(results, table),
+        ),
+        Section(id="drift", title="Reward against drift", template="drift", about=views.drifts(results)),
+        Section(id="guidance", title="Guidance", template="guidance", about=swept),
+        Section(
+            id="diversity",
+            title="Diversity of a prompt's images",
+            template="diversity",
+            about=[c for c in results.comparisons if c.diversity],
+        ),
+        Section(id="sets", title="Whole sets", template="sets", about=results.sets),
+        Section(
+            id="correlations",
+            title="Which rewards rise together",
+            template="correlations",
+            about=[c for c in views.versus_base(results) if c.correlations],
+        ),
+        Section(
+            id="training",
+            title="Training",
+            template="training",
+            about={arm: found for arm, found in trained.items() if found},
+        ),
+        Section(id="gallery", title="Pictures that nobody chose", template="gallery", about=pictures.unselected()),
+        Section(
+            id="changes",
+            title="Largest changes, by " + " and ".join(dict.fromkeys(name for _, name, _ in changes)),
+            template="changes",
+            about=changes,
+        ),
+        Section(id="settings", title="Settings and environment", template="settings", about=_left_out(results)),
+        Section(
+            id="reproduce",
+            title="How to reproduce",
+            template="reproduce",
+            about=results.settings["command"] or python_call(results, folder),
+        ),
+    ]
+    return parts
 
 
 def python_call(results: Results, folder: Path) -> str:
@@ -142,14 +168,18 @@ def python_call(results: Results, folder: Path) -> str:
     rewards = results.comparisons[0].rewards
     roles = {name: r.role for name, r in rewards.items() if r.role_declared}
     known = ("images_per_prompt", "steps", "guidance", "batch_size", "device", "dtype", "seed")
-    settings = ", ".join(f"{name}={results.settings[name]!r}" for name in known)
+    chosen = ("tier", "sweep", "pairwise", "reference")
+    names = [*known, *(name for name in chosen if results.settings.get(name))]
+    settings = ", ".join(f"{name}={results.settings[name]!r}" for name in names)
+    base, *others = (results.models[arm]["spec"] for arm in results.arms)
+    aligned = others[0] if len(others) == 1 else dict(zip(results.arms[1:], others, strict=True))
     return "\n".join(
         [
             "from diffalign.evaluate import EvaluationSettings, evaluate",
             "",
             "evaluate(",
-            f"    {results.models['base']['spec']!r},",
-            f"    {results.models['aligned']['spec']!r},",
+            f"    {base!r},",
+            f"    {aligned!r},",
             f"    {str(folder / 'prompts.jsonl')!r},",
             f"    rewards={[r.spec for r in rewards.values()]!r},",
             f"    roles={roles!r},",
@@ -160,32 +190,37 @@ def python_call(results: Results, folder: Path) -> str:
     )
 
 
-def _picture(arm: str, file: Path) -> Picture:
-    """An image inline: its own bytes if it is small, else shrunk, as JPEG."""
-    from PIL import Image
-
-    data, kind = file.read_bytes(), "png"
-    with Image.open(io.BytesIO(data)) as image:
-        side = max(image.size)
-        if side > _INLINE_SIDE:
-            image.thumbnail((_INLINE_SIDE, _INLINE_SIDE))
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "JPEG", quality=88)
-            data, kind = buffer.getvalue(), "jpeg"
-        width = image.width * max(1, _PIXELATED_SIDE // side) if side <= _PIXELATED_SIDE else None
-    return Picture(arm=arm, uri=f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width=width)
+def _detailed(results: Results) -> list[tuple[str, Any, dict[str, Any]]]:
+    """(name, comparison, rewards of several components) of each comparison that has such rewards."""
+    found = []
+    for comparison in results.comparisons:
+        several = {name: r for name, r in views.by_role(comparison).items() if len(r.attributes) > 1}
+        found += [(views.name_of(results, comparison), comparison, several)] if several else []
+    return found
 
 
-def _by_role(comparison: Comparison) -> dict[str, Any]:
-    """Rewards by role, the most telling first."""
-    order = list(ROLES)
-    return dict(sorted(comparison.rewards.items(), key=lambda item: order.index(item[1].role)))
+def _left_out(results: Results) -> str:
+    """Pairs of images that a reward could not judge."""
+    counts = [
+        f"{name} {reward.total.excluded}" + ("" if len(results.comparisons) == 1 else f" ({views.name_of(results, c)})")
+        for c in results.comparisons
+        for name, reward in c.rewards.items()
+        if reward.total.excluded
+    ]
+    return ", ".join(counts) + " image pairs that could not be judged" if counts else "no image"
 
 
 def _schedulers(results: Results) -> list[str]:
     """Keys in which the arms' samplers differ, as words; equal samplers are the protocol."""
-    one, two = (results.models[arm]["scheduler"] for arm in results.arms)
-    return [f"{k}: {one.get(k)!r} and {two.get(k)!r}" for k in sorted({*one, *two}) if one.get(k) != two.get(k)]
+    known = views.schedulers(results)
+    names = sorted({name for scheduler in known.values() for name in scheduler})
+    found = {name: {arm: scheduler.get(name) for arm, scheduler in known.items()} for name in names}
+    return [
+        f"{name}: "
+        + " and ".join(f"{value!r}" if len(known) == 2 else f"{value!r} ({arm})" for arm, value in of.items())
+        for name, of in found.items()
+        if any(value != next(iter(of.values())) for value in of.values())
+    ]
 
 
 def _span(measured: Sequence[Measured]) -> tuple[float, float]:
@@ -193,28 +228,3 @@ def _span(measured: Sequence[Measured]) -> tuple[float, float]:
     means = [v for m in measured for v in (m.mean_arm, m.mean_against)]
     low, high = min(means), max(means)
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low - 0.1 * (high - low), high + 0.1 * (high - low))
-
-
-def _tied(text: str) -> str:
-    """Keeps percent signs on the line of their number."""
-    return text.replace(" %", "\N{NO-BREAK SPACE}%")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _number(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "\N{EN DASH}"
-    return (f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}").replace("-", "\N{MINUS SIGN}")
-
-
-def _signed(value: float | None) -> str:
-    if value is None:
-        return _number(value)
-    return ("+" if value >= 0 else "\N{MINUS SIGN}") + _number(abs(value))
-
-
-def _p_value(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"

@@ -6,11 +6,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-VERSION = 1
+from diffalign.evaluate.store import write_whole
+
+VERSION = 2
 PROTOCOL = "p2-paired-v1"
 
 Role = Literal["labeller", "trained_on", "held_out"]
 """Whose labels the pairs carry; what training optimised; what training never saw."""
+
+Tier = Literal["full", "quick"]
+"""All prompts, four seeds each; or 96 prompts, one seed each."""
 
 Outcome = Literal["won", "undecided", "lost", "mixed"]
 
@@ -29,6 +34,9 @@ class Measured:
     mean_arm: float
     mean_against: float
     mean_difference: float
+    difference_low: float | None = None
+    difference_high: float | None = None
+    """95 % bootstrap interval of the mean difference."""
     difference_se: float | None
     """Paired standard error of the mean difference."""
     d_z: float | None
@@ -41,6 +49,12 @@ class Measured:
     ci_method: Literal["bootstrap", "stratified bootstrap", "wilson"]
     strict_win_share: float
     tie_share: float
+    wins: int = 0
+    ties: int = 0
+    losses: int = 0
+    """Pairs of images."""
+    cross_seed_win_rate: float | None = None
+    """Over all pairs of seeds of a prompt: the chance to win from independent noise. None with one seed."""
     p: float
     """Two-sided, of no difference."""
     test: Literal["sign", "sign-flip permutation"]
@@ -55,6 +69,8 @@ class RewardResult:
     role: Role
     role_declared: bool
     """False where nobody said so and `held_out` was taken."""
+    role_reason: str = "declared"
+    """Who says so: the caller, or the config and data card of a run."""
     spec: str
     version: str
     p_holm: float = 1.0
@@ -66,12 +82,137 @@ class RewardResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check for reward hacking or regression."""
+
+    name: str
+    statistic: str
+    """What was measured, in words."""
+    value_arm: float | None
+    value_base: float | None
+    """None where it belongs to both arms together, as a ratio or a distance does."""
+    bound: str
+    """What raises the flag, in words."""
+    flagged: bool | None
+    """None: not measured."""
+    sentence: str
+    """What a reader must know; true whether flagged or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity:
+    """How different the images of one prompt are from each other."""
+
+    metric: str
+    """`vendi` (1 to the number of seeds), or a mean distance between pairs of images."""
+    encoder: str
+    """Version of what images were embedded with."""
+    value_arm: float
+    value_base: float
+    ratio: float
+    """Arm to base; below 0.9 is flagged."""
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    """95 % interval by the bootstrap over prompts."""
+    n: int
+    """Prompts that count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How far an arm's images are from its opponent's from the same noise."""
+
+    metric: str
+    encoder: str
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    """95 % interval by the bootstrap over prompts."""
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correlations:
+    """Which rewards rise together: Pearson correlation over prompts of the mean differences d_i."""
+
+    rewards: tuple[str, ...]
+    matrix: tuple[tuple[float | None, ...], ...]
+    """None where a reward does not vary."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One arm against another."""
 
     arm: str
     against: str
     rewards: dict[str, RewardResult]
+    correlations: Correlations | None = None
+    """None with a single reward."""
+    diversity: tuple[Diversity, ...] = ()
+    drift: tuple[Drift, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rating:
+    """An arm's place among more than two, by one reward: Bradley-Terry in Elo points, the base at 1000."""
+
+    reward: str
+    arm: str
+    rating: float | None
+    low: float | None
+    high: float | None
+    """95 % interval by the bootstrap over prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetResult:
+    """One arm's number by a reward of whole sets."""
+
+    reward: str
+    spec: str
+    version: str
+    arm: str
+    score: float
+    """Higher is better."""
+    raw: Mapping[str, float]
+    """Native values, in their native sign."""
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepPoint:
+    """An arm's mean score at one guidance."""
+
+    arm: str
+    guidance: float
+    reward: str
+    mean: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepComparison:
+    """Two arms within a sweep: at the same guidance, or each at its own best."""
+
+    arm: str
+    against: str
+    reward: str
+    kind: Literal["same", "best"]
+    guidance_arm: float
+    guidance_against: float
+    measured: Measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """All arms over several guidances, on the quick tier's prompts, one seed each."""
+
+    guidances: tuple[float, ...]
+    n_prompts: int
+    points: tuple[SweepPoint, ...]
+    comparisons: tuple[SweepComparison, ...]
+    """The best guidance is chosen on these very prompts, so best against best flatters both arms a little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +220,26 @@ class Results:
     """One evaluation, whole."""
 
     arms: tuple[str, ...]
+    """The base first."""
     n_prompts: int
     n_seeds: int
     comparisons: tuple[Comparison, ...]
+    """Every arm against the base; then, if asked for, every later arm against every earlier one."""
+    tier: Tier = "full"
+    ratings: tuple[Rating, ...] = ()
+    """With more than two arms."""
+    sets: tuple[SetResult, ...] = ()
+    sweep: Sweep | None = None
     prompt_set: Mapping[str, Any]
     """name, sha256, duplicates_dropped."""
     settings: Mapping[str, Any]
     models: Mapping[str, Mapping[str, Any]]
-    """By arm: spec, where it was loaded from, scheduler."""
-    latents_sha256: str
-    """Hash over the hashes of all initial latents, equal in both arms."""
+    """By arm: spec, where it was loaded from, digest, scheduler."""
+    latents_sha256: str | None
+    """Hash over the hashes of all initial latents, equal in all arms; None where finished images do not say."""
     environment: Mapping[str, Any]
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """What the images depend on, as manifest.json holds it: protocol, prompts, sampling, digests of the arms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +261,15 @@ def to_table(results: Results) -> dict[str, Any]:
     for comparison in table["comparisons"]:
         for name, reward in comparison["rewards"].items():
             comparison["rewards"][name] = {**reward.pop("total"), **reward}
+    for point in (table["sweep"] or {}).get("comparisons", ()):
+        point |= point.pop("measured")
     table["verdicts"] = [asdict(verdict(comparison)) for comparison in results.comparisons]
     return table
 
 
 def write_results(results: Results, file: Path) -> None:
-    """Writes results.json."""
-    file.write_text(json.dumps(to_table(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Writes results.json, whole or not at all."""
+    write_whole(file, (json.dumps(to_table(results), indent=1, allow_nan=False) + "\n").encode())
 
 
 def direction(measured: Measured) -> Literal["better", "worse", "open"]:
@@ -166,7 +318,8 @@ def _sentence(comparison: Comparison, main: Mapping[str, RewardResult], outcome:
         [(name, only)] = main.items()
         said = f"{_rate(only.total)} by {name} ({ROLES[only.role]})"
     else:
-        said = "of comparisons " + ", ".join(f"{100 * r.total.win_rate:.1f} % by {name}" for name, r in main.items())
+        rates = [f"{100 * r.total.win_rate:.1f} % by {name}" for name, r in main.items()]
+        said = ", ".join(rates).replace(" %", " % of comparisons", 1)
     return f"{opening[0].upper()}{opening[1:]}: on {n} prompts {arm} wins {said}."
 
 

@@ -7,8 +7,10 @@ from typing import Any
 from diffalign.data.prompts import read_prompts
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
-from diffalign.evaluate.generate import arm_source, generate, save_images
-from diffalign.evaluate.preflight import base_source, pick_device
+from diffalign.evaluate.arms import arm_source, base_source
+from diffalign.evaluate.generate import generate, latent_shape, save_images
+from diffalign.evaluate.preflight import pick_device
+from diffalign.evaluate.settings import batch_size
 from diffalign.models.load import ModelSource, detect_family, load_pipeline
 from diffalign.models.save import replacing
 from diffalign.progress import bar
@@ -16,12 +18,12 @@ from diffalign.progress import bar
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """How images are made."""
+    """How images are made; None leaves it to the model's family or size."""
 
     images_per_prompt: int = 1
-    steps: int = 50
-    guidance: float = 7.5
-    batch_size: int = 8
+    steps: int | None = None
+    guidance: float | None = None
+    batch_size: int | None = None
     device: str = "auto"
 
 
@@ -58,9 +60,9 @@ def sample_to_folder(
         family,
         asked,
         images_per_prompt=settings.images_per_prompt,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        batch_size=settings.batch_size,
+        steps=family.steps if settings.steps is None else settings.steps,
+        guidance=family.guidance if settings.guidance is None else settings.guidance,
+        batch_size=batch_size(settings.batch_size, latent_shape(pipeline.components[family.net].config)),
     )
     total = len(asked) * settings.images_per_prompt
     with bar("images", total) as shown:

@@ -5,6 +5,7 @@ A table is a dict of equally long columns. A reward's scores are in the column o
 """
 
 import csv
+import io
 import itertools
 import json
 import re
@@ -28,7 +29,7 @@ MOST_INVALID = 0.01
 """Share of images that a reward may leave unjudged before the work stops."""
 
 _NUMBERED = re.compile(r"(\d+)-(\d+)")
-_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def score_images(
@@ -46,7 +47,7 @@ def score_images(
     """
     table: Table = {}
     position = 0
-    for batch in _batches(images, batch_size):
+    for batch in batches(images, batch_size):
         rows = slice(position, position + len(batch))
         position += len(batch)
         asked = RewardBatch(
@@ -55,11 +56,19 @@ def score_images(
             metadata=None if metadata is None else list(metadata[rows]),
         )
         for reward in rewards:
-            out = reward.score(asked)
-            columns = {reward.name: out.scores, **{f"{reward.name}.{name}": v for name, v in out.raw.items()}}
-            for name, values in columns.items():
-                judged = values.isfinite() if out.valid is None else values.isfinite() & out.valid.to(values.device)
-                table.setdefault(name, []).extend(torch.where(judged, values, torch.nan).tolist())
+            for name, values in columns_of(reward, asked).items():
+                table.setdefault(name, []).extend(values)
+    return table
+
+
+def columns_of(reward: Reward, asked: RewardBatch) -> Table:
+    """A reward's scores of a batch and their components, NaN where it could not judge."""
+    out = reward.score(asked)
+    columns = {reward.name: out.scores, **{f"{reward.name}.{name}": v for name, v in out.raw.items()}}
+    table: Table = {}
+    for name, values in columns.items():
+        judged = values.isfinite() if out.valid is None else values.isfinite() & out.valid.to(values.device)
+        table[name] = torch.where(judged, values, torch.nan).tolist()
     return table
 
 
@@ -78,13 +87,9 @@ def score_folder(
         RunError: A reward left more than 1 % of the images unjudged.
     """
     place = Path(folder)
-    files = sorted(f for f in place.iterdir() if f.suffix.lower() in _IMAGES) if place.is_dir() else []
-    if not files:
-        raise InputError(
-            f"images must be a folder with {', '.join(sorted(_IMAGES))} files, got none in {str(folder)!r}"
-        )
-    places = _places(files, prompts)
-    texts = _texts(place, files) if prompts is None else [prompts.prompts[i] for i, _ in places]
+    files = image_files(place)
+    places = places_of(files, prompts)
+    texts = texts_of(place, files) if prompts is None else [prompts.prompts[i] for i, _ in places]
     metadata = None if prompts is None else [prompts.metadata[i] for i, _ in places]
     table: Table = {
         "prompt": texts if texts is not None else [""] * len(files),
@@ -98,6 +103,18 @@ def score_folder(
     for reward in rewards:
         check_valid(reward.name, table[reward.name], table["file"])
     return table
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, by name.
+
+    Raises:
+        InputError: There are none.
+    """
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGES) if folder.is_dir() else []
+    if not files:
+        raise InputError(f"images must be a folder with {', '.join(sorted(IMAGES))} files, got none in {str(folder)!r}")
+    return files
 
 
 def counted(files: Iterable[Path], shown: Any) -> Iterator[Float[Tensor, "3 _ _"]]:
@@ -124,9 +141,16 @@ def read_image(file: Path) -> Float[Tensor, "3 h w"]:
 
 def write_image(image: Float[Tensor, "3 h w"], file: Path) -> None:
     """An image in [0, 1] as PNG, which keeps all 8 bits."""
+    file.write_bytes(png(image))
+
+
+def png(image: Float[Tensor, "3 h w"]) -> bytes:
+    """An image in [0, 1] as the bytes of a PNG."""
     from PIL import Image
 
-    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(file)
+    out = io.BytesIO()
+    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(out, "PNG")
+    return out.getvalue()
 
 
 def check_valid(reward: str, scores: Sequence[float], names: Sequence[str]) -> int:
@@ -171,14 +195,14 @@ def write_table(table: Table, file: str | Path) -> None:
             writer.writerow(["" if isinstance(v, float) and np.isnan(v) else v for v in row])
 
 
-def _batches(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+def batches(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """Stacks of at most `size` neighbours of equal height and width."""
     for _, run in itertools.groupby(images, key=lambda image: image.shape):
         while chunk := list(itertools.islice(run, size)):
             yield torch.stack(chunk)
 
 
-def _places(files: list[Path], prompts: PromptSet | None) -> list[tuple[int, int]]:
+def places_of(files: list[Path], prompts: PromptSet | None) -> list[tuple[int, int]]:
     """(place of the prompt, k) of each file."""
     numbered = [_NUMBERED.fullmatch(f.stem) for f in files]
     places = [(int(m[1]), int(m[2])) for m in numbered if m]
@@ -194,7 +218,7 @@ def _places(files: list[Path], prompts: PromptSet | None) -> list[tuple[int, int
     return places
 
 
-def _texts(folder: Path, files: list[Path]) -> list[str] | None:
+def texts_of(folder: Path, files: list[Path]) -> list[str] | None:
     """A prompt per file, from metadata.jsonl or from .txt files; None where there are neither."""
     listed = folder / "metadata.jsonl"
     if listed.is_file():

@@ -18,7 +18,7 @@ from diffalign.errors import InputError
 from diffalign.progress import loading
 from diffalign.shipped import MODELS, resolve
 
-_NOT_FOR_IMAGES = {"safety_checker", "feature_extractor", "image_encoder"}
+NOT_FOR_IMAGES = {"safety_checker", "feature_extractor", "image_encoder"}
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -85,7 +85,7 @@ def load_pipeline(source: ModelSource, *, only: Sequence[str] | None = None, net
     index = pipeline_index(source)
     family = detect_family(source)
     there = {name: value[0] is not None for name, value in index.items() if isinstance(value, list)}
-    wanted = set(there) - _NOT_FOR_IMAGES if only is None else {*only, "scheduler"}
+    wanted = set(there) - NOT_FOR_IMAGES if only is None else {*only, "scheduler"}
     parts: dict[str, Any] = {name: None for name, present in there.items() if not present or name not in wanted}
     if source.vae is not None and "vae" in wanted:
         parts["vae"] = load_vae(source)
@@ -201,7 +201,7 @@ def _component(cls: Any, source: ModelSource, path: str, subfolder: str | None, 
 
 def _check_folder(folder: Path, index: dict[str, Any]) -> None:
     for name, value in index.items():
-        if not isinstance(value, list) or value[0] is None or name in _NOT_FOR_IMAGES:
+        if not isinstance(value, list) or value[0] is None or name in NOT_FOR_IMAGES:
             continue
         part = folder / name
         if not part.is_dir():

@@ -4,15 +4,22 @@ import importlib
 import importlib.metadata
 import inspect
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
+from typing_extensions import Protocol, runtime_checkable
 
 from diffalign.errors import InputError, near_match
-from diffalign.types import FunctionReward, Reward, RewardBatch, RewardOutput
+from diffalign.types import FunctionReward, MediaEncoder, Reward, RewardBatch, RewardOutput, SetReward
 
 GROUP = "diffalign.rewards"
 """Entry-point group in which ours and others' rewards are declared."""
+SET_GROUP = "diffalign.set_rewards"
+"""Of rewards of whole sets."""
+ENCODER_GROUP = "diffalign.encoders"
+"""Of encoders for sets and similarities."""
+DECLARED = frozenset({"name", "version", "modality", "requires", "range", "differentiable", "licence"})
+"""What every reward says of itself."""
 
 
 @runtime_checkable
@@ -23,18 +30,26 @@ class OnDevice(Protocol):
 
 
 @runtime_checkable
+class Encoding(Protocol):
+    """A reward that holds an encoder of images, of their prompts too or of other media."""
+
+    @property
+    def encoder(self) -> Any: ...
+
+
+@runtime_checkable
 class _Scorer(Protocol):
     def score(self, batch: RewardBatch) -> RewardOutput: ...
 
 
-def names() -> list[str]:
-    """Names under which installed packages declare rewards, ours among them."""
-    return sorted({entry.name for entry in importlib.metadata.entry_points(group=GROUP)})
+def names(group: str = GROUP) -> list[str]:
+    """Names under which installed packages declare rewards (or what else the group holds), ours among them."""
+    return sorted({entry.name for entry in importlib.metadata.entry_points(group=group)})
 
 
-def summary(name: str) -> str:
+def summary(name: str, group: str = GROUP) -> str:
     """First line of what a declared reward says of itself; of one that cannot be imported, why."""
-    [entry] = importlib.metadata.entry_points(group=GROUP, name=name)
+    [entry] = importlib.metadata.entry_points(group=group, name=name)
     try:
         return (inspect.getdoc(entry.load()) or "").partition("\n")[0]
     except (ImportError, AttributeError) as error:
@@ -53,15 +68,33 @@ def load(spec: str, **options: Any) -> Reward:
     Raises:
         InputError: Nothing of that name, an import that fails, or options that the class does not take.
     """
-    name, colon, rest = spec.partition(":")
-    known = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
-    if name in known:
-        if colon and "model" in options:
-            raise InputError(f"reward must name its model once, got {spec!r} and model={options['model']!r}")
-        return _make(known[name].load(), spec, {"model": rest, **options} if colon else options)
-    if not colon or not rest:
-        raise InputError(f"reward must be a known name or package.module:object, got {spec!r}{near_match(name, known)}")
-    return _make(_imported(spec, name, rest, near_match(name, known)), spec, options)
+    found, options = _found(spec, options, GROUP, "reward", "model")
+    made = _make(found, spec, options)
+    missing = sorted(name for name in DECLARED if name not in dir(made))
+    if missing:
+        declared = ", ".join(sorted(DECLARED))
+        raise InputError(f"reward {spec!r} must declare {declared}, got one without {', '.join(missing)}")
+    return made
+
+
+def load_set(spec: str, **options: Any) -> SetReward:
+    """A set reward by its spec: a name, with the encoder after a colon ("frechet:clip:tiny-clip"), or a class's path.
+
+    Raises:
+        InputError: Nothing of that name, an import that fails, or options that the class does not take.
+    """
+    found, options = _found(spec, options, SET_GROUP, "set reward", "encoder")
+    return _built(found, f"set reward {spec!r}", options)
+
+
+def load_encoder(spec: str, **options: Any) -> MediaEncoder:
+    """An encoder by its spec: a name, with a model after a colon ("clip:tiny-clip"), or a class's path.
+
+    Raises:
+        InputError: Nothing of that name, an import that fails, or options that the class does not take.
+    """
+    found, options = _found(spec, options, ENCODER_GROUP, "encoder", "model")
+    return _built(found, f"encoder {spec!r}", options)
 
 
 def move(reward: Reward, device: torch.device | str) -> None:
@@ -70,31 +103,49 @@ def move(reward: Reward, device: torch.device | str) -> None:
         reward.to(device)
 
 
-def _imported(spec: str, module: str, path: str, hint: str) -> Any:
+def _found(spec: str, options: dict[str, Any], group: str, kind: str, tail: str) -> tuple[Any, dict[str, Any]]:
+    """(what a spec names, options with what followed the name's colon as `tail`)."""
+    name, colon, rest = spec.partition(":")
+    known = {entry.name: entry for entry in importlib.metadata.entry_points(group=group)}
+    if name in known:
+        if colon and tail in options:
+            raise InputError(f"{kind} must name its {tail} once, got {spec!r} and {tail}={options[tail]!r}")
+        return known[name].load(), {tail: rest, **options} if colon else options
+    if not colon or not rest:
+        raise InputError(f"{kind} must be a known name or package.module:object, got {spec!r}{near_match(name, known)}")
+    return _imported(spec, name, rest, kind, near_match(name, known)), options
+
+
+def _imported(spec: str, module: str, path: str, kind: str, hint: str) -> Any:
     try:
         found: Any = importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f"reward must be importable, got {spec!r}: {error}{hint}") from error
+        raise InputError(f"{kind} must be importable, got {spec!r}: {error}{hint}") from error
     for part in path.split("."):
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            raise InputError(f"reward must be in its module, got {spec!r}: {error}") from error
+            raise InputError(f"{kind} must be in its module, got {spec!r}: {error}") from error
     return found
 
 
-def _make(found: Any, spec: str, options: dict[str, Any]) -> Reward:
+def _built(found: Any, what: str, options: dict[str, Any]) -> Any:
+    """An instance of a class."""
+    try:
+        inspect.signature(found).bind(**options)
+    except TypeError as error:
+        raise InputError(f"{what} must get options that its class takes: {error}") from error
+    return found(**options)
+
+
+def _make(found: Any, spec: str, options: dict[str, Any]) -> Any:
     """A reward from a class, a function or an instance."""
     if isinstance(found, type):
-        try:
-            inspect.signature(found).bind(**options)
-        except TypeError as error:
-            raise InputError(f"reward {spec!r} must get options that its class takes: {error}") from error
-        return found(**options)
+        return _built(found, f"reward {spec!r}", options)
     if options:
         raise InputError(f"reward {spec!r} must be a class to take options, got {', '.join(options)}")
     if isinstance(found, _Scorer):
-        return found  # type: ignore[return-value]
+        return found
     if inspect.isroutine(found) or isinstance(found, partial):
         name = spec.rpartition(":")[2] if isinstance(found, partial) else found.__name__
         return FunctionReward(name=name, version=spec, function=found)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from diffalign.errors import InputError
 from diffalign.rewards.clip import DEFAULT_MODEL, CLIPEncoder
-from diffalign.rewards.inputs import check_batch
+from diffalign.rewards.inputs import images_of
 from diffalign.shipped import MODELS, resolve
-from diffalign.types import RewardBatch, RewardOutput
+from diffalign.types import Modality, RewardBatch, RewardOutput
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\.weight")
 
@@ -50,6 +50,9 @@ class AestheticReward:
 
     name = "aesthetic"
     requires = frozenset({"images"})
+    modality: Modality = "image"
+    differentiable = True
+    licence = "Apache-2.0 (v2 head), MIT (v1 head); MIT (CLIP)"
 
     def __init__(
         self,
@@ -93,13 +96,13 @@ class AestheticReward:
     @torch.no_grad()
     def score(self, batch: RewardBatch) -> RewardOutput:
         """Scores by the reference front end, on the images' device."""
-        check_batch(batch, self.name, self.requires)
-        return RewardOutput(scores=self._fitting_head()(self.encoder.embed_images(batch.images)))
+        images = images_of(batch, self.name, self.requires)
+        return RewardOutput(scores=self._fitting_head()(self.encoder.embed_images(images)))
 
     def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, " b"]:
         """Scores by the tensor front end, with gradient to the images."""
-        check_batch(batch, self.name, self.requires)
-        return self._fitting_head()(self.encoder.embed_images_with_graph(batch.images))
+        images = images_of(batch, self.name, self.requires)
+        return self._fitting_head()(self.encoder.embed_images_with_graph(images))
 
     def _fitting_head(self) -> AffineHead:
         if len(self.head.weight) != self.encoder.width:

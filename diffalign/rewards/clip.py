@@ -5,7 +5,6 @@ that numbers compare with published ones. Gradients go through a tensor version 
 clamped), which agrees with the reference to about 0.002 in the cosine.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,21 +13,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from diffalign.errors import InputError
 from diffalign.progress import loading
-from diffalign.rewards.inputs import check_batch
+from diffalign.rewards import cosine
+from diffalign.rewards.cosine import NEEDS, SCALES, CosineScore
+from diffalign.rewards.frontend import FrontEnd
+from diffalign.rewards.inputs import images_of
 from diffalign.shipped import MODELS, resolve
-from diffalign.types import RewardBatch, RewardOutput
+from diffalign.types import Embedded, Modality, RewardBatch, RewardOutput
 
 DEFAULT_MODEL = "openai/clip-vit-large-patch14"
-
-SCALES: dict[str, float | None] = {"x100": 100.0, "cos": 1.0, "logit": None}
-"""What the cosine is multiplied by; None is the model's own exp(logit_scale)."""
-
-_INTERPOLATION = {2: "bilinear", 3: "bicubic"}
-"""Pillow's number of a filter, and torch's name of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,48 +36,67 @@ class CLIPParts:
     """A `CLIPImageProcessorPil`."""
     tokenizer: Any
 
+    @cached_property
+    def front(self) -> FrontEnd:
+        """What the processor does."""
+        return FrontEnd.of(self.processor)
+
 
 class CLIPEncoder:
     """Unit embeddings of images and prompts; weights are read at the first use, from safetensors only."""
+
+    modality: Modality = "image"
 
     def __init__(
         self,
         model: str = DEFAULT_MODEL,
         *,
         revision: str | None = None,
+        processor: str | None = None,
+        dtype: str = "float32",
         batch_size: int = 32,
         device: torch.device | str = "cpu",
         parts: CLIPParts | None = None,
     ) -> None:
-        """Names a model: a shipped name ("tiny-clip"), a folder or a hub id; or takes loaded `parts` as they are."""
-        self.model, self.revision = model, revision
+        """Names a model, or takes loaded `parts`, whose network is cast and moved in place.
+
+        Args:
+            model: A shipped name ("tiny-clip"), a folder or a hub id.
+            revision: Of the model on the hub.
+            processor: Folder or hub id of image processor and tokenizer, where they do not lie beside the model.
+            dtype: Of the network: "float32", or "bfloat16" or "float16" for training; embeddings are float32.
+            batch_size: Images, or prompts, of one pass without gradient.
+            device: Where the network works.
+            parts: In place of what `model` names.
+        """
+        self.model, self.revision, self.processor = model, revision, processor
+        self.dtype = cosine.dtype_of(dtype)
+        self.version = cosine.named(model, revision, dtype)
+        """Model id, revision, and dtype if it is not float32."""
         self.batch_size = batch_size
         self.device = torch.device(device)
         if parts is not None:
             self.parts = parts
-            self.to(device)
+            cosine.place(parts.net, self.device, self.dtype)
 
     @cached_property
     def parts(self) -> CLIPParts:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         path = resolve(self.model, MODELS)
+        beside, revision = (path, self.revision) if self.processor is None else (self.processor, None)
         try:
             with loading(path):
                 net = CLIPModel.from_pretrained(path, revision=self.revision, use_safetensors=True, dtype=torch.float32)
-            processor = CLIPImageProcessorPil.from_pretrained(path, revision=self.revision)
-            tokenizer = CLIPTokenizer.from_pretrained(path, revision=self.revision)
+            processor = CLIPImageProcessorPil.from_pretrained(beside, revision=revision)
+            tokenizer = CLIPTokenizer.from_pretrained(beside, revision=revision)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(
                 f"reward model must be a CLIP model in safetensors, got {self.model!r}: {reason}"
             ) from error
-        net.eval().requires_grad_(False).to(self.device)
+        cosine.place(net, self.device, self.dtype)
         return CLIPParts(net=net, processor=processor, tokenizer=tokenizer)
-
-    @property
-    def version(self) -> str:
-        return self.model if self.revision is None else f"{self.model}@{self.revision}"
 
     @property
     def width(self) -> int:
@@ -94,39 +108,41 @@ class CLIPEncoder:
         """exp of the model's learned log temperature."""
         return float(self.parts.net.logit_scale.exp())
 
+    def logits(self, cos: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Cosines times `logit_scale`."""
+        return self.logit_scale * cos
+
     def to(self, device: torch.device | str) -> "CLIPEncoder":
         self.device = torch.device(device)
         if "parts" in self.__dict__:
             self.parts.net.to(self.device)
         return self
 
-    @torch.no_grad()
+    def embed(self, batch: RewardBatch) -> Embedded:
+        """One unit row an image."""
+        images = images_of(batch, self.version, frozenset())
+        return Embedded(rows=self.embed_images(images), counts=(1,) * len(images))
+
+    def embed_with_graph(self, batch: RewardBatch) -> Embedded:
+        """One unit row an image, by the tensor front end."""
+        images = images_of(batch, self.version, frozenset())
+        return Embedded(rows=self.embed_images_with_graph(images), counts=(1,) * len(images))
+
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Unit embeddings by the reference front end, without gradient; 0 where the model's embedding is 0."""
-        rows = [self._image_features(self._pixels(chunk)) for chunk in images.split(self.batch_size)]
-        return _unit(torch.cat(rows)).to(images.device)
+        return cosine.image_rows(images, self.parts.front, self._image_features, self.batch_size).to(images.device)
 
     def embed_images_with_graph(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Unit embeddings by the tensor front end, with gradient to the images."""
-        pixels = differentiable_pixels(images.to(self.device), self.parts.processor)
-        return _unit(self._image_features(pixels)).to(images.device)
+        moved = images.to(self.device)
+        return cosine.image_rows_with_graph(moved, self.parts.front, self._image_features).to(images.device)
 
-    @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """Unit embeddings of prompts, cut to the model's context; equal prompts are encoded once."""
-        unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        texts = list(unique)
-        rows = [self._text_features(texts[i : i + self.batch_size]) for i in range(0, len(texts), self.batch_size)]
-        return _unit(torch.cat(rows))[[unique[prompt] for prompt in prompts]]
-
-    def _pixels(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 r r"]:
-        from PIL import Image
-
-        bytes_ = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return self.parts.processor([Image.fromarray(array) for array in bytes_], return_tensors="pt")["pixel_values"]
+        """Unit embeddings of prompts, cut to the model's context with the end token kept."""
+        return cosine.text_rows(prompts, self._text_features, self.batch_size)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return _pooled(self.parts.net.get_image_features(pixel_values=pixels.to(self.device))).float()
+        return _pooled(self.parts.net.get_image_features(pixel_values=pixels.to(self.device, self.dtype))).float()
 
     def _text_features(self, texts: list[str]) -> Tensor:
         length = self.parts.net.config.text_config.max_position_embeddings
@@ -138,14 +154,17 @@ class CLIPReward:
     """Cosine of CLIP's image and prompt embeddings; 100 x cosine unless `scale` says otherwise.
 
     `scale` is "x100" (most papers' tables), "cos", or "logit" (times the model's own exp(logit_scale)). `raw` holds
-    `cos`.
+    `cos`. As a predictor of what people prefer it is weak (54.8 % to 65.1 % of pairs), and it counts and places badly.
 
     Paper: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020.
     Departs: No clamp at 0, which would stop the gradient.
     """
 
     name = "clip"
-    requires = frozenset({"images", "prompts"})
+    requires = NEEDS
+    modality: Modality = "image"
+    differentiable = True
+    licence = "MIT (weights of OpenAI and LAION)"
 
     def __init__(
         self,
@@ -154,79 +173,37 @@ class CLIPReward:
         revision: str | None = None,
         scale: str = "x100",
         encoder: CLIPEncoder | None = None,
+        dtype: str = "float32",
         batch_size: int = 32,
         device: torch.device | str = "cpu",
     ) -> None:
         """Names a model, or takes an `encoder` as it is."""
-        if scale not in SCALES:
-            raise InputError(f"reward clip: scale must be one of {', '.join(SCALES)}, got {scale!r}")
-        self.encoder = encoder or CLIPEncoder(model, revision=revision, batch_size=batch_size, device=device)
-        self.scale = scale
+        options: dict[str, Any] = {"revision": revision, "dtype": dtype, "batch_size": batch_size, "device": device}
+        self.encoder = encoder or CLIPEncoder(model, **options)
+        self._cosine = CosineScore(reward=self.name, encoder=self.encoder, scale=scale, scales=SCALES)
 
     @property
     def version(self) -> str:
-        return f"{self.encoder.version}, {self.scale}"
+        return self._cosine.version
 
     @property
     def range(self) -> tuple[float, float]:
         """Of any cosine on this scale; not bounded for "logit", whose factor is the model's."""
-        factor = SCALES[self.scale] or math.inf
-        return (-factor, factor)
+        return self._cosine.range
 
     def to(self, device: torch.device | str) -> "CLIPReward":
         self.encoder.to(device)
         return self
 
-    @torch.no_grad()
     def score(self, batch: RewardBatch) -> RewardOutput:
         """Scores by the reference front end, on the images' device."""
-        check_batch(batch, self.name, self.requires)
-        cos = self._cos(self.encoder.embed_images(batch.images), batch)
-        return RewardOutput(scores=self._factor * cos, raw={"cos": cos})
+        return self._cosine.score(batch)
 
     def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, " b"]:
         """Scores by the tensor front end, with gradient to the images."""
-        check_batch(batch, self.name, self.requires)
-        return self._factor * self._cos(self.encoder.embed_images_with_graph(batch.images), batch)
-
-    @property
-    def _factor(self) -> float:
-        return SCALES[self.scale] or self.encoder.logit_scale
-
-    def _cos(self, embedded: Float[Tensor, "b d"], batch: RewardBatch) -> Float[Tensor, " b"]:
-        return (embedded * self.encoder.embed_texts(batch.prompts or []).to(embedded.device)).sum(1)
-
-
-def differentiable_pixels(images: Float[Tensor, "b 3 h w"], processor: Any) -> Float[Tensor, "b 3 r r"]:
-    """The processor's resize of the shorter side, centre crop and normalisation, on float tensors with their graph."""
-    if processor.do_resize:
-        images = _resize(images, processor)
-    if processor.do_center_crop:
-        height, width = processor.crop_size["height"], processor.crop_size["width"]
-        top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2
-        images = images[:, :, top : top + height, left : left + width]
-    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    return (images - mean) / std
-
-
-def _resize(images: Tensor, processor: Any) -> Tensor:
-    side, mode = processor.size["shortest_edge"], _INTERPOLATION.get(int(processor.resample))
-    if side is None or mode is None:
-        raise InputError(
-            "reward model must resize the shorter side, bilinear or bicubic, to be differentiated, got "
-            f"size {processor.size} and filter {processor.resample}"
-        )
-    height, width = images.shape[2:]
-    short = min(height, width)
-    size = (int(side * height / short), int(side * width / short))
-    return F.interpolate(images, size, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+        return self._cosine.differentiable(batch)
 
 
 def _pooled(output: Any) -> Tensor:
     """The projected embedding: transformers 5 wraps it, older ones return it."""
     return output if isinstance(output, Tensor) else output.pooler_output
-
-
-def _unit(embeddings: Tensor) -> Tensor:
-    norm = embeddings.norm(dim=1, keepdim=True)
-    return embeddings / torch.where(norm == 0, 1, norm)

@@ -3,10 +3,10 @@
 import torch
 
 from diffalign.errors import InputError
-from diffalign.rewards.inputs import check_batch
+from diffalign.rewards.inputs import images_of
 from diffalign.tiny import oracle
 from diffalign.tiny.scenes import SIDE
-from diffalign.types import RewardBatch, RewardOutput
+from diffalign.types import Modality, RewardBatch, RewardOutput
 
 
 class OracleReward:
@@ -18,6 +18,9 @@ class OracleReward:
     name = "oracle"
     version = "tiny world, 1"
     requires = frozenset({"images", "prompts"})
+    modality: Modality = "image"
+    differentiable = False
+    licence = "-"
     range = (0.0, 1.0)
 
     @torch.no_grad()
@@ -27,10 +30,10 @@ class OracleReward:
         Raises:
             InputError: A prompt that is not a caption of the tiny world, or images that are not 64x64.
         """
-        check_batch(batch, self.name, self.requires)
-        if batch.images.shape[2:] != (SIDE, SIDE):
-            raise InputError(f"reward 'oracle' must get {SIDE}x{SIDE} images, got {tuple(batch.images.shape[2:])}")
-        pictures = batch.images.permute(0, 2, 3, 1).float().cpu().numpy()
+        images = images_of(batch, self.name, self.requires)
+        if images.shape[2:] != (SIDE, SIDE):
+            raise InputError(f"reward 'oracle' must get {SIDE}x{SIDE} images, got {tuple(images.shape[2:])}")
+        pictures = images.permute(0, 2, 3, 1).float().cpu().numpy()
         rows = []
         for row, (picture, prompt) in enumerate(zip(pictures, batch.prompts or [], strict=True)):
             try:
@@ -38,7 +41,7 @@ class OracleReward:
             except ValueError as error:
                 raise InputError(f"reward 'oracle', prompt {row}: {error}") from error
         columns = {
-            name: torch.tensor([row[name] for row in rows], dtype=torch.float32, device=batch.images.device)
+            name: torch.tensor([row[name] for row in rows], dtype=torch.float32, device=images.device)
             for name in (*oracle.ATTRIBUTES, "total")
         }
         return RewardOutput(scores=columns.pop("total"), raw=columns)

@@ -126,6 +126,7 @@ def make_prompts(out: Path) -> None:
 
 
 def make_preferences(out: Path, family: str) -> None:
+    from diffalign.data.cards import card_file
     from diffalign.data.pairs import PairReader
     from diffalign.data.rewrite import score_pairs
     from diffalign.data.sources import PairSource
@@ -141,6 +142,8 @@ def make_preferences(out: Path, family: str) -> None:
         preferences.write_rows(rows, unscored)
         file.parent.mkdir(parents=True, exist_ok=True)
         score_pairs(PairReader(PairSource(path=str(unscored))), CLIPReward(model=str(out / "clip")), file)
+    card = {"labels": "oracle", "scores": "clip:tiny-clip"}
+    card_file(file).write_text(json.dumps(card) + "\n", encoding="utf-8")
 
 
 def make_measurements(out: Path) -> None:

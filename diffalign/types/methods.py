@@ -1,11 +1,11 @@
-"""The contracts that every part shares: batches, what a method returns; what a denoiser, a method, a reward are."""
+"""Batches, what a method returns; what a denoiser and a method are."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from diffalign.paths import NoisePath, Prediction
@@ -230,72 +230,3 @@ class Method(Protocol):
     def __call__(
         self, policy: Denoiser, reference: Denoiser | None, batch: Batch, rng: SampleRng, shared: Shared = ALONE
     ) -> StepLoss: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardBatch:
-    """What a reward may look at. Images are RGB float32 in [0, 1]; fields that a reward does not need may be absent."""
-
-    images: Float[Tensor, "b 3 h w"]
-    prompts: Sequence[str] | None = None
-    metadata: Sequence[Mapping[str, object]] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardOutput:
-    """Scores of a batch: higher is better, NaN and not `valid` where a sample could not be judged."""
-
-    scores: Float[Tensor, " b"]
-    raw: dict[str, Float[Tensor, " b"]] = field(default_factory=dict)
-    """Components and native values by name, in their native sign."""
-    valid: Bool[Tensor, " b"] | None = None
-
-    def __post_init__(self) -> None:
-        if self.valid is None:
-            object.__setattr__(self, "valid", ~self.scores.isnan())
-
-
-@runtime_checkable
-class Reward(Protocol):
-    """A pointwise reward plug-in."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def version(self) -> str:
-        """Model id, revision and scale: what must be equal for two numbers to be comparable."""
-        ...
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """Fields of `RewardBatch` that must be there."""
-        ...
-
-    @property
-    def range(self) -> tuple[float, float]: ...
-
-    def score(self, batch: RewardBatch) -> RewardOutput:
-        """Scores without gradient, by the reference preprocessing, float32."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class FunctionReward:
-    """A plain `f(images, prompts) -> scores` as a reward plug-in."""
-
-    name: str
-    function: Callable[[Tensor, Sequence[str]], Tensor | Sequence[float]]
-    version: str = "function"
-    requires: frozenset[str] = frozenset({"images", "prompts"})
-    range: tuple[float, float] = (float("-inf"), float("inf"))
-
-    @torch.no_grad()
-    def score(self, batch: RewardBatch) -> RewardOutput:
-        scores = torch.as_tensor(self.function(batch.images, batch.prompts or []), dtype=torch.float32)
-        if scores.shape != (len(batch.images),):
-            raise ValueError(
-                f"reward {self.name!r} must return one score per image, shape ({len(batch.images)},), "
-                f"got {tuple(scores.shape)}"
-            )
-        return RewardOutput(scores=scores)

@@ -1,0 +1,142 @@
+"""Scores of the images as they lie on disk, each judged once: by reward, version, image and prompt.
+
+Scores go to journals as they are made. Batches hold neighbours of one arm, the same for any number of processes.
+"""
+
+import hashlib
+import inspect
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.data.prompts import PromptSet
+from diffalign.evaluate.processes import Processes
+from diffalign.evaluate.score import Table, batches, columns_of, read_image
+from diffalign.evaluate.store import Appender, appending, key, read_journal
+from diffalign.progress import bar
+from diffalign.rewards import move
+from diffalign.types import FunctionReward, Reward, RewardBatch
+
+BATCH = 16
+"""Images that a reward is given at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One image that is to be judged."""
+
+    key: str
+    file: Path
+    prompt: str
+    metadata: Mapping[str, Any]
+
+
+def score_rows(
+    rewards: Sequence[Reward],
+    table: Table,
+    prompts: PromptSet,
+    folder: Path,
+    device: torch.device,
+    processes: Processes,
+) -> Table:
+    """Columns of scores for a table of images; only what no journal knows is judged.
+
+    Args:
+        table: Columns arm, file (in `folder`), prompt, prompt_index and image_sha256.
+    """
+    with processes.together():
+        _judge(rewards, _distinct(table, prompts, folder), folder, device, processes)
+    keys = [_key(table, row, prompts) for row in range(len(table["arm"]))]
+    columns: Table = {}
+    for reward in rewards:
+        known = read_journal(folder, journal_name(reward))
+        names = sorted({name for k in keys for name in known[k]["values"]}, key=lambda n: (n != reward.name, n))
+        order = list(next(iter(known.values()))["values"]) if known else [reward.name]
+        for name in sorted(names, key=lambda n: order.index(n) if n in order else len(order)):
+            columns[name] = [known[k]["values"].get(name, float("nan")) for k in keys]
+    return columns
+
+
+def journal_name(reward: Reward) -> str:
+    """Where a reward's scores are kept: another version, or another text of a plain function, is another journal."""
+    identity = key(reward.name, reward.version, _text(reward.function) if isinstance(reward, FunctionReward) else "")
+    return f"scores-{re.sub(r'[^A-Za-z0-9_-]', '-', reward.name)}-{identity[:12]}"
+
+
+def _judge(
+    rewards: Sequence[Reward], asked: list[list[Asked]], folder: Path, device: torch.device, processes: Processes
+) -> None:
+    known = {reward.name: read_journal(folder, journal_name(reward)) for reward in rewards}
+    work = []
+    for batch in processes.share(asked):
+        wanting = [r for r in rewards if any(one.key not in known[r.name] for one in batch)]
+        if wanting:
+            work.append((batch, wanting))
+    needed = [reward for reward in rewards if any(reward in wanting for _, wanting in work)]
+    with ExitStack() as journals, bar("scoring", sum(len(b) for b, _ in work), shown=processes.main) as shown:
+        opened = {}
+        for reward in needed:
+            move(reward, device)
+            opened[reward.name] = journals.enter_context(appending(folder, journal_name(reward), processes.rank))
+        for batch, wanting in work:
+            images = [read_image(one.file) for one in batch]
+            for reward in wanting:
+                _score(reward, batch, images, known[reward.name], opened[reward.name])
+            shown.advance(len(batch))
+
+
+def _score(
+    reward: Reward, batch: list[Asked], images: list[torch.Tensor], known: Mapping[str, Any], journal: Appender
+) -> None:
+    """Judges a whole batch and writes down what was not known of it."""
+    position, rows = 0, []
+    for stack in batches(images, BATCH):
+        some = batch[position : position + len(stack)]
+        position += len(stack)
+        given = RewardBatch(images=stack, prompts=[a.prompt for a in some], metadata=[a.metadata for a in some])
+        columns = columns_of(reward, given)
+        for i, one in enumerate(some):
+            if one.key not in known:
+                rows.append({"key": one.key, "values": {name: values[i] for name, values in columns.items()}})
+    journal.write(rows)
+
+
+def _distinct(table: Table, prompts: PromptSet, folder: Path) -> list[list[Asked]]:
+    """Batches of images that differ in pixels or prompt, arm by arm."""
+    seen: set[str] = set()
+    found: list[list[Asked]] = []
+    for _, rows in itertools.groupby(range(len(table["arm"])), key=lambda row: table["arm"][row]):
+        own = []
+        for row in rows:
+            identity = _key(table, row, prompts)
+            if identity not in seen:
+                seen.add(identity)
+                about = prompts.metadata[table["prompt_index"][row]]
+                file = folder / table["file"][row]
+                own.append(Asked(key=identity, file=file, prompt=table["prompt"][row], metadata=about))
+        found += [own[start : start + BATCH] for start in range(0, len(own), BATCH)]
+    return found
+
+
+def _key(table: Table, row: int, prompts: PromptSet) -> str:
+    about = json.dumps(prompts.metadata[table["prompt_index"][row]], sort_keys=True, default=str)
+    return key(table["image_sha256"][row], table["prompt"][row], about)
+
+
+def _text(function: Any) -> str:
+    """What a plain function does, as far as its text says."""
+    while isinstance(function, partial):
+        function = function.func
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        text = repr(getattr(function, "__qualname__", type(function).__name__))
+    return hashlib.sha256(text.encode()).hexdigest()

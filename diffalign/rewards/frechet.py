@@ -1,0 +1,210 @@
+"""The Fréchet distance as a set reward over any encoder, and what each sample does for it.
+
+Leaving sample i out of N rows changes mean and covariance exactly by the updates of `Moments.without`; its credit is
+the distance of the set without it minus the distance of the set, positive where it helps. To first order that is
+
+    2 (m_x - m_y)·dm + tr((I - T) dS)
+
+with the transport map T of the whole set: one factorisation for all samples.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from diffalign.errors import InputError
+from diffalign.rewards.gaussians import FrechetParts as FrechetParts
+from diffalign.rewards.gaussians import (
+    Gaussian,
+    Side,
+    frechet_distance,
+    frechet_parts,
+    nuclear_norm,
+    transport_half,
+    width_of,
+)
+from diffalign.rewards.gaussians import expected_bias as expected_bias
+from diffalign.rewards.gaussians import frechet_gradient as frechet_gradient
+from diffalign.rewards.sets import Space, check_left, credit_of, open_space, pieces
+from diffalign.rewards.statistics import Gather, double
+from diffalign.types import Embedded, MediaEncoder, Modality, RewardBatch, SetOutput, alone
+
+
+def leave_one_out(x: Embedded, y: Gaussian) -> Float64[Tensor, " b"]:
+    """Distance to y without each sample minus the distance of all: one nuclear norm a sample.
+
+    Raises:
+        InputError: A sample without which fewer than two rows are left.
+    """
+    check_left(x, 2)
+    rows = double(x.rows)
+    mean = rows.mean(0)
+    centred = rows - mean
+    n, total = len(rows), centred.square().sum()
+    seen = centred @ y.factor
+    if n < seen.shape[1]:
+        seen = torch.linalg.qr(seen.T, mode="r").R.T  # [n, n], same singular values, centred or not
+    found = []
+    for piece in (slice(0, 0), *pieces(x.counts)):
+        own = centred[piece]
+        left, shift = n - len(own), own.sum(0)
+        kept = torch.cat([seen[: piece.start], seen[piece.stop :]])
+        moved = mean - shift / left - y.mean
+        trace = (total - own.square().sum() - shift.square().sum() / left) / (left - 1)
+        cross = nuclear_norm(kept - kept.mean(0)) / (left - 1) ** 0.5
+        found.append(moved.square().sum() + trace - 2 * cross)
+    return torch.stack(found[1:]) - found[0]
+
+
+def influence(x: Embedded, y: Gaussian) -> Float64[Tensor, " b"]:
+    """`leave_one_out` to first order in the change of mean and covariance.
+
+    The order of samples is nearly that of `leave_one_out` where the set is away from y; where it is as near as chance
+    allows, first-order terms are small and the order less sure.
+    """
+    check_left(x, 2)
+    rows = double(x.rows)
+    mean = rows.mean(0)
+    centred, half = rows - mean, transport_half(x.rows, y)
+    n = len(rows)
+
+    def form(v: Tensor) -> Tensor:
+        """v^T (I - T) v of each row."""
+        return v.square().sum(-1) - (v @ half).square().sum(-1)
+
+    own = form(centred)
+    shift = torch.stack([centred[piece].sum(0) for piece in pieces(x.counts)])
+    count = torch.tensor(x.counts, dtype=rows.dtype, device=rows.device)
+    left = n - count
+    taken = torch.stack([own[piece].sum() for piece in pieces(x.counts)]) + form(shift) / left
+    mean_change = -2 / left * (shift @ (mean - y.mean))
+    return mean_change + (own.sum() - taken) / (left - 1) - own.sum() / (n - 1)
+
+
+def per_sample(x: Embedded, y: Gaussian) -> Float64[Tensor, " b"]:
+    """Distance to y of every sample's own rows: for ranking only, its level is that of missing diversity.
+
+    Raises:
+        InputError: A sample with fewer than two rows.
+    """
+    short = [i for i, count in enumerate(x.counts) if count < 2]
+    if short:
+        raise InputError(
+            f"every sample must have at least 2 embeddings to be a set of its own, got fewer for samples {short[:8]}"
+        )
+    known = y if y.factored else Gaussian.from_factor(y.mean, y.factor, y.n)
+    return torch.stack([frechet_distance(x.rows[piece], known, route="factor") for piece in pieces(x.counts)])
+
+
+class FrechetReward:
+    """Minus the Fréchet distance to a reference set in an encoder's space: FID's formula, CLIP embeddings by default.
+
+    `raw` holds the distance and its terms, positive. Distances of sets of different size, or in different encoders,
+    are not comparable: N samples of the reference itself are away from it by about D / N + D² / 4N times the variance
+    (`expected_bias`). Needs many more samples than the encoder has dimensions, unless sets of one size are compared.
+
+    Paper: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", arXiv
+    1706.08500.
+    """
+
+    name = "frechet"
+    needs_reference = True
+    range = (float("-inf"), 0.0)
+    licence = "the encoder's"
+
+    def __init__(
+        self,
+        encoder: str | MediaEncoder = "clip",
+        *,
+        encoder_options: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        gather: Gather = alone,
+    ) -> None:
+        """Names an encoder ("clip:tiny-clip"), or takes one as it is.
+
+        Args:
+            encoder: Its spec, or the encoder.
+            encoder_options: Keyword arguments of the encoder's class, where it is named.
+            device: Where the encoder works.
+            gather: Joins the rows of all processes, of which each then brings its share of a set.
+        """
+        self.space: Space = open_space(self.name, encoder, encoder_options, device, gather)
+        self.reference: Gaussian | None = None
+
+    @property
+    def version(self) -> str:
+        return self.space.encoder.version
+
+    @property
+    def modality(self) -> Modality:
+        return self.space.encoder.modality
+
+    @property
+    def requires(self) -> frozenset[str]:
+        return self.space.requires
+
+    def to(self, device: torch.device | str) -> "FrechetReward":
+        self.space.to(device)
+        return self
+
+    @torch.no_grad()
+    def fit_reference(self, batches: Iterable[RewardBatch]) -> None:
+        """Takes the reference set: its mean and covariance, from a stream."""
+        self.reference = Gaussian.of(self.space.summarise(batches)[0])
+
+    def save_reference(self, file: str | Path) -> None:
+        """Writes mean, factor and number of rows."""
+        held = self.held()
+        self.space.save(file, "gaussian", {"mean": held.mean, "factor": held.factor}, rows=held.n or 0)
+
+    def load_reference(self, file: str | Path) -> None:
+        """Reads what `save_reference` of any Fréchet reward with this encoder has written."""
+        tensors, rows = self.space.load(file, "gaussian", {"mean": 1, "factor": 2})
+        if len(tensors["mean"]) != len(tensors["factor"]):
+            raise InputError(f"reference {str(file)!r} must have a mean and a factor of one width; it is damaged")
+        self.reference = Gaussian.from_factor(tensors["mean"], tensors["factor"], n=rows)
+
+    @torch.no_grad()
+    def score_set(self, batches: Iterable[RewardBatch]) -> SetOutput:
+        """Minus the distance of all batches together, which are never held at once."""
+        self.held()
+        summary, samples = self.space.summarise(batches)
+        parts = frechet_parts(summary, self.held(summary))
+        raw = {
+            "distance": parts.distance,
+            "mean_term": parts.mean_term,
+            "trace": parts.trace_x,
+            "trace_reference": parts.trace_y,
+            "nuclear_norm": parts.nuclear_norm,
+        }
+        values = {name: float(value) for name, value in raw.items()}
+        return SetOutput(score=-values["distance"], raw=values, samples=samples)
+
+    def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, ""]:
+        """Minus the distance of one batch, with gradient to its media."""
+        rows = self.space.embed_with_graph(batch).rows
+        return -frechet_distance(rows, self.held(rows), route="factor").float()
+
+    @torch.no_grad()
+    def credit(self, batch: RewardBatch, mode: str = "loo") -> Float[Tensor, " b"]:
+        """What each sample does for the distance of the batch; "self" is minus its own distance."""
+        ways = {"loo": leave_one_out, "influence": influence, "self": lambda x, y: -per_sample(x, y)}
+        way = credit_of(mode, ways)
+        embedded = self.space.embed(batch)
+        return way(embedded, self.held(embedded.rows)).float().to(embedded.rows.device)
+
+    def held(self, like: Side | None = None) -> Gaussian:
+        """The reference, on the device and of the width of a set."""
+        if self.reference is None:
+            raise self.space.no_reference()
+        if like is None:
+            return self.reference
+        self.space.check_width(width_of(like), len(self.reference.mean))
+        place = double(like[:0]).device if isinstance(like, Tensor) else like.mean.device
+        if self.reference.mean.device != place:
+            self.reference = self.reference.to(place)
+        return self.reference

@@ -1,0 +1,76 @@
+"""JPEG size: how many bytes an image takes, the reward of DDPO whose success can be seen with the naked eye."""
+
+import io
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffalign.errors import InputError, near_match
+from diffalign.rewards.inputs import images_of
+from diffalign.types import Modality, RewardBatch, RewardOutput
+
+SIGNS = {"compressibility": -1.0, "incompressibility": 1.0}
+"""What a larger file is worth."""
+
+SCALES = {"kB": 1.0, "div500": 1 / 500}
+"""What the decimal kilobytes are multiplied by."""
+
+
+class JPEGReward:
+    """Size of the image as JPEG, in decimal kilobytes: small is good for "compressibility", large for the other.
+
+    Rounded to 8 bit and written by Pillow with its default chroma subsampling. `scale` "div500" divides by 500. `raw`
+    holds `size_kb`. The size grows with the pixel count and differs between encoders: compare numbers of one
+    resolution and one version only. It rewards flat pictures, or noise, and nothing else: a check of an optimizer.
+
+    Paper: Black et al., "Training Diffusion Models with Reinforcement Learning", arXiv 2305.13301.
+    """
+
+    name = "jpeg"
+    requires = frozenset({"images"})
+    modality: Modality = "image"
+    differentiable = False
+    licence = "-"
+
+    def __init__(self, *, direction: str = "compressibility", scale: str = "kB", quality: int = 95) -> None:
+        for key, value, known in (("direction", direction, SIGNS), ("scale", scale, SCALES)):
+            if value not in known:
+                raise InputError(
+                    f"reward jpeg: {key} must be one of {', '.join(known)}, got {value!r}{near_match(value, known)}"
+                )
+        if not 1 <= quality <= 95:
+            raise InputError(f"reward jpeg: quality must be from 1 to 95, as Pillow advises, got {quality!r}")
+        self.direction, self.scale, self.quality = direction, scale, quality
+
+    @property
+    def version(self) -> str:
+        import PIL
+        from PIL import features
+
+        encoder = features.version("libjpeg_turbo") or features.version("jpg")
+        return f"{self.direction}, {self.scale}, quality {self.quality}, Pillow {PIL.__version__}, libjpeg {encoder}"
+
+    @property
+    def range(self) -> tuple[float, float]:
+        return (-math.inf, 0.0) if self.direction == "compressibility" else (0.0, math.inf)
+
+    @torch.no_grad()
+    def score(self, batch: RewardBatch) -> RewardOutput:
+        """Scores on the images' device."""
+        images = images_of(batch, self.name, self.requires)
+        size = self._sizes(images).to(images.device)
+        return RewardOutput(scores=SIGNS[self.direction] * SCALES[self.scale] * size, raw={"size_kb": size})
+
+    def _sizes(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+        pictures = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return torch.tensor([self._bytes(picture) / 1000 for picture in pictures], dtype=torch.float32)
+
+    def _bytes(self, picture: Any) -> int:
+        from PIL import Image
+
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, format="JPEG", quality=self.quality)
+        return file.tell()
