@@ -26,6 +26,7 @@ EXTRAS = {
     "xformers": ("xformers",),
     "8bit": ("bitsandbytes",),
     "track": ("tensorboard",),
+    "metrics": ("torchmetrics",),
 }
 """Packages of each extra of `pip install diffalign[...]`."""
 
