@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: demo install install-dev test test-slow lint format bench bench-methods clean
+.PHONY: demo install install-dev test test-slow lint format bench bench-rewards bench-methods clean
 
 demo: install
 	$(BIN)/diffalign demo
@@ -46,6 +46,10 @@ format: install-dev
 
 bench: install-dev
 	$(BIN)/python -m benchmarks.step
+
+# true sizes, random weights: half an hour on two cores
+bench-rewards: install-dev
+	$(BIN)/python -m benchmarks.rewards
 
 # hours on two cores; what is finished is kept, so it can be cut and started again
 bench-methods: install-dev

@@ -54,23 +54,6 @@ def check_gradient(reward: Any, cos_scale: float) -> None:
     torch.testing.assert_close(scores.detach(), reward.score(batch).scores, atol=2e-3 * cos_scale, rtol=0)
 
 
-def filled(make: Callable[[], torch.nn.Module]) -> Any:
-    """A network of full size with random weights, in seconds: one draw of a million numbers, again and again."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        net = make()
-    drawn = 0.02 * torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
-    for module in net.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            count, shape = parameter.numel(), parameter.shape
-            value = drawn.repeat(-(-count // len(drawn)))[:count].view(shape)
-            if isinstance(module, torch.nn.LayerNorm):
-                value = torch.full(shape, float(name == "weight"))
-            setattr(module, name, torch.nn.Parameter(value.clone(), requires_grad=False))
-    return net
-
-
 def check_full_size(reward: Any, cos_scale: float, height: int = 512, width: int = 512) -> None:
     """One picture by both roads of a network of full size: close in the cosine, with a gradient."""
     images = waves(height, width).requires_grad_()

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
+from benchmarks.true_size import filled, vit_l_14
 from diffalign.errors import InputError
 from diffalign.rewards.clip import CLIPEncoder, CLIPParts, CLIPReward
 from diffalign.types import DifferentiableReward, RewardBatch
 from tests.builders import save_clip, tiny_clip, tiny_tokenizer
-from tests.pointwise import PROMPTS, batch_of, check_full_size, check_gradient, check_independence, filled, waves
+from tests.pointwise import PROMPTS, batch_of, check_full_size, check_gradient, check_independence, waves
 
 
 @pytest.fixture(scope="module")
@@ -108,19 +109,6 @@ def test_processor_and_tokenizer_may_lie_elsewhere(parts, tmp_path):
     torch.testing.assert_close(CLIPReward(encoder=split).score(batch).scores, expected)
     with pytest.raises(InputError, match="must be a CLIP model"):
         CLIPReward(str(tmp_path / "net")).score(batch)
-
-
-def vit_l_14() -> dict[str, dict[str, object]]:
-    """Sizes of openai/clip-vit-large-patch14."""
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    vision = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-    }
-    return {"text_config": text, "vision_config": vision, "projection_dim": 768}
 
 
 @pytest.mark.slow

@@ -9,13 +9,14 @@ import torch
 from open_clip import factory
 from safetensors.torch import save_file
 
+from benchmarks.true_size import filled
 from diffalign.errors import InputError
 from diffalign.rewards import hpsv2
 from diffalign.rewards.frontend import CLIP_MEAN, CLIP_STD, FrontEnd
 from diffalign.rewards.hpsv2 import HPSv2Reward, benchmark, build
 from diffalign.rewards.openclip import OpenCLIPEncoder, OpenCLIPParts
 from diffalign.types import DifferentiableReward, RewardBatch
-from tests.pointwise import PROMPTS, batch_of, check_full_size, check_gradient, check_independence, filled, waves
+from tests.pointwise import PROMPTS, batch_of, check_full_size, check_gradient, check_independence, waves
 from tests.tiny_openclip import CONFIG, tiny_net, tiny_openclip
 
 FRONT = FrontEnd(32, "longest", resized_as="floats")

@@ -8,13 +8,14 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 
+from benchmarks.true_size import filled
 from diffalign import rewards
 from diffalign.errors import InputError
 from diffalign.rewards import openclip
 from diffalign.rewards.frontend import CLIP_MEAN, HALF, FrontEnd
 from diffalign.rewards.openclip import OpenCLIPEncoder, OpenCLIPParts, OpenCLIPReward, front_of, wants_quick_gelu
 from diffalign.types import DifferentiableReward, RewardBatch
-from tests.pointwise import PROMPTS, batch_of, check_full_size, check_gradient, check_independence, filled, waves
+from tests.pointwise import PROMPTS, batch_of, check_full_size, check_gradient, check_independence, waves
 from tests.tiny_openclip import register, tiny_net, tiny_openclip
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.true_size import filled, vit_h_14
 from diffalign.errors import InputError
 from diffalign.rewards.clip import CLIPEncoder, CLIPParts
 from diffalign.rewards.pickscore import (
@@ -14,7 +15,7 @@ from diffalign.rewards.pickscore import (
 )
 from diffalign.types import DifferentiableReward, RewardBatch
 from tests.builders import save_clip, tiny_clip, tiny_tokenizer
-from tests.pointwise import PROMPTS, batch_of, check_full_size, check_gradient, check_independence, filled, waves
+from tests.pointwise import PROMPTS, batch_of, check_full_size, check_gradient, check_independence, waves
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +70,6 @@ def test_a_difference_of_scores_is_a_logit(gap, probability):
     torch.testing.assert_close(preference_probability(a, b) + preference_probability(b, a), torch.ones(1))
     torch.testing.assert_close(preference_probability(a + 5, b + 5), preference_probability(a, b), atol=1e-5, rtol=0)
     torch.testing.assert_close(preference_probability(a, b), torch.stack([a, b], 1).softmax(1)[:, 0])
-
-
-def vit_h_14() -> dict[str, object]:
-    """Sizes of yuvalkirstain/PickScore_v1, LAION's ViT-H/14."""
-    text = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "hidden_act": "gelu",
-    }
-    vision = {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "hidden_act": "gelu",
-    }
-    return {"text_config": text, "vision_config": vision, "projection_dim": 1024}
 
 
 def test_the_architecture_is_open_clips_vit_h_14_in_transformers():
