@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ from diffalign.rewards.dino import DINOEncoder
 from diffalign.rewards.frontend import FrontEnd
 from diffalign.rewards.hpsv2 import HPSv2Reward
 from diffalign.rewards.image_similarity import ImageSimilarityReward
+from diffalign.rewards.imagereward import ImageRewardReward
 from diffalign.rewards.openclip import OpenCLIPEncoder, OpenCLIPParts, OpenCLIPReward
 from diffalign.rewards.pickscore import PickScoreReward
 from diffalign.rewards.safety import SafetyReward
@@ -92,6 +94,17 @@ def hpsv2(dtype: str, place: Path) -> Rival:
     return Rival(ours=reward.score, singly=_openclip_singly(parts))
 
 
+def imagereward(dtype: str, place: Path) -> Rival:
+    """ImageReward, whose own package asks for old versions of everything: our module one image at a time."""
+    reward = ImageRewardReward(parts=true_size.imagereward_parts())
+
+    def singly(image: Image.Image, prompt: str) -> Any:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        return reward.score(RewardBatch(images=pixels, prompts=[prompt])).scores
+
+    return Rival(ours=reward.score, singly=singly)
+
+
 def safety(dtype: str, place: Path) -> Rival:
     """The safety checker by diffusers; it has no other dtype of ours."""
     from transformers import CLIPImageProcessorPil
@@ -131,10 +144,11 @@ RIVALS: dict[str, Callable[[str, Path], Rival]] = {
     "pickscore": pickscore,
     "openclip": openclip,
     "hpsv2": hpsv2,
+    "imagereward": imagereward,
     "safety": safety,
     "image_similarity:dino": dino,
 }
-FLOAT32_ONLY = frozenset({"safety", "image_similarity:dino"})
+FLOAT32_ONLY = frozenset({"imagereward", "safety", "image_similarity:dino"})
 
 
 @torch.no_grad()

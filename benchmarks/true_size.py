@@ -1,11 +1,14 @@
 """Networks of published sizes with random weights, made in seconds: for benchmarks, and for tests at full size."""
 
 from collections.abc import Callable, Mapping
+from string import ascii_lowercase
 from typing import Any
 
 import torch
 
+from diffalign.rewards.blip import BLIPSizes
 from diffalign.rewards.clip import CLIPParts
+from diffalign.rewards.imagereward import ImageRewardParts, assemble, expected_shapes
 
 
 def filled(make: Callable[[], torch.nn.Module]) -> Any:
@@ -68,6 +71,16 @@ def clip_parts(sizes: Mapping[str, Any]) -> CLIPParts:
     tokenizer = CLIPTokenizer.from_pretrained(resolve("tiny-clip", MODELS))
     net.text_model.eos_token_id = tokenizer.eos_token_id
     return CLIPParts(net=net, processor=CLIPImageProcessorPil(), tokenizer=tokenizer)
+
+
+def imagereward_parts() -> ImageRewardParts:
+    """ImageReward with a tokenizer of single letters."""
+    from transformers import BertTokenizer
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ascii_lowercase, *(f"##{c}" for c in ascii_lowercase)]
+    rng = torch.Generator().manual_seed(0)
+    state = {name: 0.02 * torch.randn(shape, generator=rng) for name, shape in expected_shapes(BLIPSizes()).items()}
+    return assemble(state, BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}))
 
 
 def safety_checker() -> Any:
