@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffalign import _torchvision
 from diffalign.denoisers import FAMILIES
 from diffalign.errors import InputError
 from diffalign.methods.diffusion_dpo import DiffusionDPO
@@ -138,7 +139,9 @@ def test_a_new_process_that_knows_only_diffusers_gives_the_same_image(folders, t
     here = image(load_pipeline(ModelSource(path=str(folders[name])), net=trained.net))
     parts = "text_encoder_3=None, tokenizer_3=None" if name == "sd3" else ""
     code = f"""
-import sys, torch
+import runpy, sys, torch
+shim = runpy.run_path({_torchvision.__file__!r})  # a torchvision for CUDA beside CPU torch breaks diffusers by itself
+shim["declare_missing_operators"]()
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 torch.set_num_threads({torch.get_num_threads()})
