@@ -32,7 +32,7 @@ LastMove = str
 def ode(pred: Samples, x_t: Samples, step: Step) -> Transition:
     """The noise-free move: DDIM with eta 0, an Euler move of the probability-flow ODE of VE, x + v dt of a flow.
 
-    Paper: Song et al., "Denoising Diffusion Implicit Models", arXiv 2010.02502, eq. 13.
+    Paper: Song et al., "Denoising Diffusion Implicit Models", arXiv 2010.02502, eq. 12 with sigma = 0.
     """
     return _towards(pred, x_t, step, torch.zeros_like(step.sigma_s))
 
@@ -59,8 +59,9 @@ def ddpm(pred: Samples, x_t: Samples, step: Step, *, variance: str = "fixed_smal
     _check(step, "vp", "ddpm")
     pred, x_t = _wide(pred, x_t)
     x_0, _ = step.implied(pred, x_t)
-    mean, small, large = posterior(x_t, x_0, step.alpha_t.square(), step.alpha_s.square())
-    chosen = {"fixed_small": small, "fixed_large": large}
+    q = posterior(step.alpha_t.square(), step.alpha_s.square())
+    mean = broadcast(q.of_x_0, x_t).to(x_t) * x_0 + broadcast(q.of_x_t, x_t).to(x_t) * x_t
+    chosen = {"fixed_small": q.variance, "fixed_large": q.beta}
     if variance not in chosen:
         raise InputError(f"kernel.variance must be 'fixed_small' or 'fixed_large', got {variance!r}")
     std = torch.where(step.sigma_s > 0, chosen[variance].sqrt(), 0.0)
@@ -70,8 +71,8 @@ def ddpm(pred: Samples, x_t: Samples, step: Step, *, variance: str = "fixed_smal
 def euler_ancestral(pred: Samples, x_t: Samples, step: Step, *, eta: float = 1.0) -> Transition:
     """k-diffusion's ancestral step on x = x_0 + sigma eps, with sigma_up = std; no noise in the last move.
 
-    Paper: Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364, whose
-        authors' library k-diffusion has the step.
+    Paper: Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239, eq. 6 and 7, in the coordinates of
+        Karras et al., arXiv 2206.00364; no paper has the step under this name, the library k-diffusion has.
     """
     _check(step, "ve", "euler_ancestral", eta)
     return _towards(pred, x_t, step, torch.minimum(step.sigma_s, eta * _posterior_std(step)))
@@ -86,7 +87,7 @@ def flow_sde(
         limit: Greatest std of a move; LongCat-Video (arXiv 2510.22200) has 0.45.
         last: `noise` is the authors' code, which injects eta sqrt(sigma^2 / (1 - sigma)) that nothing removes.
 
-    Paper: Liu et al., "Flow-GRPO", arXiv 2505.05470, eq. 9.
+    Paper: Liu et al., "Flow-GRPO", arXiv 2505.05470.
     Departs: the last move is noise-free by default. Where sigma = 1 the 1 - sigma of g is taken at the table's second
         sigma, as in the authors' code (yifan123/flow_grpo); the paper's limit is infinite.
     """
@@ -111,7 +112,7 @@ def cps(pred: Samples, x_t: Samples, step: Step, *, eta: float = 0.8) -> Transit
     """Coefficients-preserving sampling: noise of exactly sigma_s at every level, none in the last move.
 
     eta = 1 is Diffusers' `stochastic_sampling`. It does not keep the marginals: with the exact velocity of Gaussian
-    data its samples have about half of the data's variance, however many the steps.
+    data its samples have half to two thirds of the data's variance, however many the steps.
 
     Paper: Wang and Yu, "Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching", arXiv
         2509.05952.

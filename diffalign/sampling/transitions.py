@@ -110,19 +110,27 @@ def _check_noise(transition: Transition) -> None:
         )
 
 
-def posterior(
-    x_t: Float[Tensor, " b *rest"],
-    x_0: Float[Tensor, " b *rest"],
-    bar_t: Float[Tensor, " b"],
-    bar_s: Float[Tensor, " b"],
-) -> tuple[Float[Tensor, " b *rest"], Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """Mean and variance of x_s given x_t and the clean latents, and beta, the variance of a step from s to t."""
+@dataclass(frozen=True)
+class Posterior:
+    """Coefficients of q(x_s | x_t, x_0): mean = of_x_0 x_0 + of_x_t x_t."""
+
+    of_x_0: Float[Tensor, " b"]
+    of_x_t: Float[Tensor, " b"]
+    variance: Float[Tensor, " b"]
+    """At least 1e-20."""
+    beta: Float[Tensor, " b"]
+    """Variance of the forward step from s to t."""
+
+
+def posterior(bar_t: Float[Tensor, " b"], bar_s: Float[Tensor, " b"]) -> Posterior:
+    """The posterior between two levels of a DDPM path, by their alpha_bar."""
     alpha = bar_t / bar_s
-    of_x_0 = bar_s.sqrt() * (1 - alpha) / (1 - bar_t)
-    of_x_t = alpha.sqrt() * (1 - bar_s) / (1 - bar_t)
-    variance = (1 - bar_s) / (1 - bar_t) * (1 - alpha)
-    mean = broadcast(of_x_0, x_0).to(x_0) * x_0 + broadcast(of_x_t, x_t).to(x_t) * x_t
-    return mean, variance.clamp(min=LEAST_VARIANCE), 1 - alpha
+    return Posterior(
+        of_x_0=bar_s.sqrt() * (1 - alpha) / (1 - bar_t),
+        of_x_t=alpha.sqrt() * (1 - bar_s) / (1 - bar_t),
+        variance=((1 - bar_s) / (1 - bar_t) * (1 - alpha)).clamp(min=LEAST_VARIANCE),
+        beta=1 - alpha,
+    )
 
 
 def ddpm_posterior(
@@ -140,8 +148,8 @@ def ddpm_posterior(
         s in place of the schedule's.
     """
     bars = path.alpha_bar.to(t.device)
-    mean, variance, _ = posterior(x_t, x_0, bars[t], bars[s])
-    return mean, variance.sqrt()
+    q = posterior(bars[t], bars[s])
+    return broadcast(q.of_x_0, x_0) * x_0 + broadcast(q.of_x_t, x_t) * x_t, q.variance.sqrt()
 
 
 def ddpm_step(
