@@ -60,7 +60,7 @@ def world(request) -> World:
         pipeline=pipeline,
         denoiser=family.make_denoiser(net, pipeline.scheduler.config, None),
         cond=family.encode_prompts(pipeline, PROMPTS),
-        uncond=family.encode_prompts(pipeline, [""]),
+        uncond=family.encode_prompts(pipeline, [""] * len(PROMPTS)),  # rounded as the pipeline's own batch is
         shape=(net.config["in_channels"], side, side),
     )
 
