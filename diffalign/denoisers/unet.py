@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from diffalign.denoisers.family import Family
@@ -25,7 +25,7 @@ class UNetDenoiser:
     path: DDPMPath
     prediction: Prediction
 
-    def __call__(self, x_t: Float[Tensor, "b c h w"], t: Int[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
+    def __call__(self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         return self.net(x_t, t, encoder_hidden_states=cond["prompt_embeds"], return_dict=False)[0].float()
 
     def features(

@@ -1,4 +1,4 @@
-"""The contracts that every part shares: of batches, denoisers and methods, of rewards and encoders."""
+"""The contracts that every part shares: of batches, denoisers and methods, of rollouts, of rewards and encoders."""
 
 from diffalign.types.methods import ALONE as ALONE
 from diffalign.types.methods import Batch as Batch
@@ -26,3 +26,4 @@ from diffalign.types.rewards import RewardBatch as RewardBatch
 from diffalign.types.rewards import RewardOutput as RewardOutput
 from diffalign.types.rewards import SetOutput as SetOutput
 from diffalign.types.rewards import SetReward as SetReward
+from diffalign.types.rollouts import Trajectory as Trajectory
