@@ -224,7 +224,7 @@ class Sampler:
         with self.round.reference.network(), self.parts.accelerator.autocast():
             latents = self.pipeline(
                 prompt=[source.rows.prompt(row) for row in rows],
-                latents=noise.to(device),
+                latents=self.parts.family.pack(noise).to(device),
                 height=height,
                 width=width,
                 num_inference_steps=self.round.settings.steps,
@@ -232,7 +232,7 @@ class Sampler:
                 output_type="latent",
                 **self.parts.family.call_options(self.pipeline),
             ).images
-        return latents.float()
+        return self.parts.family.unpack(latents, *self.shape[1:]).float()
 
 
 def _joined(collator: Collator, images: Images) -> Collator:

@@ -127,11 +127,94 @@ def sd3(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def _unet(**changes: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=SIDE // 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **changes,
+    ).eval()
+
+
+def sdxl(folder: Path, seed: int = 0, *, turbo: bool = False) -> Path:
+    """A random StableDiffusionXLPipeline: 16x16 images, 8x8x4 latents."""
+    from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    unet = _unet(
+        cross_attention_dim=48,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    )
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = (
+        EulerAncestralDiscreteScheduler(**schedule, timestep_spacing="trailing")
+        if turbo
+        else EulerDiscreteScheduler(**schedule, timestep_spacing="leading", steps_offset=1)
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=_vae(4, scaling_factor=0.13025),
+        text_encoder=_text(CLIPTextModel, 16),
+        text_encoder_2=_text(CLIPTextModelWithProjection, 32),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def sdxl_refiner(folder: Path, seed: int = 0) -> Path:
+    """A random refiner: the second text encoder alone, and an aesthetic score among the sizes."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    pipeline = StableDiffusionXLImg2ImgPipeline(
+        vae=_vae(4, scaling_factor=0.13025),
+        text_encoder=None,
+        text_encoder_2=_text(CLIPTextModelWithProjection, 32),
+        tokenizer=None,
+        tokenizer_2=tokenizer(),
+        unet=_unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=5 * 8 + 32,
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def png(seed: int, side: int = SIDE) -> bytes:
     """Encoded noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format="PNG")
+    return out.getvalue()
+
+
+def picture(width: int, height: int) -> bytes:
+    """Encoded grey."""
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), (127, 127, 127)).save(out, format="PNG")
     return out.getvalue()
 
 

@@ -1,7 +1,10 @@
 """Families of models: one file each, one line each in `FAMILIES`."""
 
 from diffalign.denoisers.dit import SD3
-from diffalign.denoisers.family import Family
+from diffalign.denoisers.family import Context, Family
+from diffalign.denoisers.sdxl import SDXL, SDXL_REFINER
 from diffalign.denoisers.unet import SD
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SD3)}
+__all__ = ["FAMILIES", "Context", "Family"]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD, SDXL, SDXL_REFINER, SD3)}

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffalign.denoisers.family import Family
+from diffalign.denoisers.family import PLAIN, Context, Family, flow_config, flow_sampling
 from diffalign.denoisers.features import captured
 from diffalign.errors import InputError
 from diffalign.paths import FlowPath, Prediction, TimestepSampling
@@ -72,15 +72,17 @@ class DiTDenoiser:
         return [level.transpose(1, 2).unflatten(2, (h, w)) for level in tokens]
 
 
-def make_denoiser(net: nn.Module, scheduler: Mapping[str, Any], timesteps: TimestepSampling | None) -> DiTDenoiser:
+def make_denoiser(
+    net: nn.Module,
+    scheduler: Mapping[str, Any],
+    timesteps: TimestepSampling | None,
+    context: Context = PLAIN,
+) -> DiTDenoiser:
     """A denoiser whose shift and timestep scale come from the folder's scheduler config."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    config = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler)).config
+    config = flow_config("sd3", scheduler)
     if config.use_dynamic_shifting:
         raise InputError("scheduler.use_dynamic_shifting must be false for the family 'sd3', got true")
-    sampling = (timesteps or TimestepSampling()).resolved("logit_normal")
-    path = FlowPath(shift=float(config.shift), timesteps=sampling)
+    path = FlowPath(shift=float(config.shift), timesteps=flow_sampling(timesteps))
     return DiTDenoiser(net=net, path=path, timestep_scale=float(config.num_train_timesteps))
 
 
@@ -143,6 +145,8 @@ SD3 = Family(
     pipelines=("StableDiffusion3Pipeline",),
     net="transformer",
     text=("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
+    optional=("text_encoder_3", "tokenizer_3"),
+    patch=2,
     lora_targets=(
         "attn.to_q",
         "attn.to_k",

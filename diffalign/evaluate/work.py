@@ -13,7 +13,6 @@ from diffalign.evaluate import preflight, sets, sweep
 from diffalign.evaluate.arms import Aligned, Arm, find_arms
 from diffalign.evaluate.comparison import Judge, compare, ratings
 from diffalign.evaluate.examine import Examiner, encoder_of
-from diffalign.evaluate.generate import latent_shape
 from diffalign.evaluate.images import Plan, Studio, check_pairs, plan_of, take_over, write_metadata
 from diffalign.evaluate.judging import score_rows
 from diffalign.evaluate.processes import Processes, own_device
@@ -223,7 +222,7 @@ def prepare(
         first = next(iter(models.values()))
         family = detect_family(first)
         sampling = sampling_of(settings, family, size, device.type)
-        batch = batch_size(settings.batch_size, latent_shape(load_net_config(first, family)))
+        batch = batch_size(settings.batch_size, family.latent_shape(load_net_config(first, family)))
     preflight.rehearse(plugins, asked, size)
     sets.prepare(of_sets, settings.reference, device)
     named = None if settings.encoder is None else load_encoder(settings.encoder)
