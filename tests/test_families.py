@@ -45,6 +45,11 @@ class Model:
 MODELS = {
     "sdxl": Model(worlds.sdxl, "sdxl"),
     "sdxl_refiner": Model(worlds.sdxl_refiner, "sdxl_refiner", samples=False),
+    "pixart_sigma": Model(worlds.pixart, "pixart_sigma"),
+    "pixart_alpha": Model(worlds.pixart_alpha, "pixart_alpha"),
+    "sd3_t5": Model(worlds.sd3_t5, "sd3"),
+    "flux": Model(worlds.flux, "flux", cfg=False),
+    "flux_schnell": Model(worlds.flux_schnell, "flux", cfg=False),
 }
 SAMPLED = [name for name, model in MODELS.items() if model.samples]
 
@@ -186,7 +191,7 @@ def test_our_denoiser_walked_down_its_path_gives_the_latents_of_the_stock_pipeli
         pipeline.scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading"
         )
-    if flow and not MODELS[name].cfg:
+    if not MODELS[name].cfg and denoiser.guidance is not None:
         denoiser = replace(denoiser, guidance=guidance)
     theirs = pipeline(
         prompt=PROMPTS,
@@ -206,10 +211,12 @@ def test_our_denoiser_walked_down_its_path_gives_the_latents_of_the_stock_pipeli
     levels = schedule(pipeline, denoiser, flow)
     with torch.no_grad():
         for high, low in pairwise(levels):
-            pred = denoiser(x, high.t, cond)
             if MODELS[name].cfg and guidance > 1:
-                uncond = denoiser(x, high.t, empty)
+                both = Cond({k: torch.cat([empty[k], cond[k]]) for k in cond.tensors})
+                uncond, pred = denoiser(x.repeat(2, 1, 1, 1), high.t.repeat(2), both).chunk(2)
                 pred = uncond + guidance * (pred - uncond)
+            else:
+                pred = denoiser(x, high.t, cond)
             x = step(denoiser, pred, x, high, low)
     torch.testing.assert_close(x, theirs, atol=1e-5, rtol=1e-5)
 
@@ -324,6 +331,165 @@ def test_the_refiner_is_not_sampled_from_noise(world):
         list(generate(pipeline, FAMILIES["sdxl_refiner"], PROMPTS, steps=2))
 
 
+# --- PixArt
+
+
+def test_a_pixart_lora_is_read_by_peft_and_fused_into_an_export(world, tmp_path):
+    from peft import PeftModel
+
+    from diffalign.evaluate.sample import export_pipeline
+
+    result = diffalign.train(config(world, tmp_path / "run", "pixart_sigma"))
+    ours, x, cond, _ = parts(world, "pixart_sigma", result.export)
+    base, _, _, _ = parts(world, "pixart_sigma")
+    t = base.path.sample_t(SampleRng(0, (0, 1)))
+    expected = predicted(ours, x, t, cond)
+    theirs = replace(base, net=PeftModel.from_pretrained(base.net, result.export))
+    assert torch.equal(predicted(theirs, x, t, cond), expected)
+    assert "PeftModel.from_pretrained" in (result.export / "README.md").read_text()
+    source = ModelSource(path=str(world / "pixart_sigma"), lora=str(result.export))
+    export_pipeline(source, tmp_path / "whole")
+    fused, _, _, _ = parts(tmp_path, "whole")
+    torch.testing.assert_close(predicted(fused, x, t, cond), expected, atol=1e-4, rtol=1e-4)  # W + BA, rounded once
+
+
+def test_a_lora_of_another_network_is_refused_with_its_key(world, tmp_path):
+    from safetensors.torch import save_file
+
+    result = diffalign.train(config(world, tmp_path / "run", "pixart_sigma"))
+    shutil.copytree(result.export, tmp_path / "other")
+    weights = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    wrong = {name.replace("transformer_blocks.0.", "transformer_blocks.7."): w for name, w in weights.items()}
+    save_file(wrong, tmp_path / "other" / "adapter_model.safetensors")
+    source = ModelSource(path=str(world / "pixart_sigma"), lora=str(tmp_path / "other"))
+    with pytest.raises(
+        InputError, match=r"must be a loadable model, .* do not fit the network: 'transformer_blocks\.7"
+    ):
+        load_pipeline(source)
+
+
+def test_pixart_predicts_noise_alone_and_does_not_see_tokens_behind_the_mask(world):
+    denoiser, x, cond, pipeline = parts(world, "pixart_sigma")
+    t = torch.tensor([400, 400])
+    out = predicted(denoiser, x, t, cond)
+    assert pipeline.transformer.config.out_channels == 8
+    assert out.shape == x.shape
+    mask = cond["prompt_attention_mask"]
+    assert cond["prompt_embeds"].shape[1] == 300
+    behind = torch.where(mask[..., None] == 1, cond["prompt_embeds"], torch.ones(()))
+    changed = Cond({**cond.tensors, "prompt_embeds": behind})
+    torch.testing.assert_close(predicted(denoiser, x, t, changed), out)
+    seen = Cond({**changed.tensors, "prompt_attention_mask": torch.ones_like(mask)})
+    assert (predicted(denoiser, x, t, seen) - out).abs().max() > 1e-3
+
+
+def test_pixart_alpha_at_1024_pixels_is_told_sizes_and_sigma_is_not(world):
+    alpha, x, cond, _ = parts(world, "pixart_alpha")
+    told = alpha._told(x, cond)["added_cond_kwargs"]
+    assert told["resolution"].tolist() == [[16, 16]] * 2
+    assert told["aspect_ratio"].tolist() == [[1], [1]]
+    assert cond["prompt_embeds"].shape[1] == 120
+    sigma, _, _, _ = parts(world, "pixart_sigma")
+    assert set(sigma._told(x, cond)["added_cond_kwargs"].values()) == {None}
+
+
+# --- FLUX.1
+
+
+def test_latents_are_packed_as_the_pipeline_packs_them():
+    from diffusers import FluxPipeline
+
+    from diffalign.denoisers.flux import image_ids, pack, unpack
+
+    x = torch.randn(2, 4, 6, 8)
+    assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 8))
+    assert torch.equal(unpack(pack(x), 6, 8), x)
+    theirs = FluxPipeline._prepare_latent_image_ids(2, 3, 4, torch.device("cpu"), torch.float32)
+    assert torch.equal(image_ids(x), theirs)
+
+
+@pytest.mark.parametrize(("resolution", "mu"), [(256, 0.5), (1024, 1.15), (512, 0.63)])
+def test_the_shift_of_flux_is_the_schedulers_at_the_side_trained_on(resolution, mu):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from diffalign.denoisers.flux import shift_of
+    from diffalign.paths import FlowPath
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    path = FlowPath(shift=shift_of(scheduler.config, (resolution // 16) ** 2))
+    u = torch.linspace(1.0, 0.125, 8, dtype=torch.float64)
+    scheduler.set_timesteps(sigmas=u.numpy(), mu=mu)
+    torch.testing.assert_close(path.at(u), scheduler.sigmas[:-1].float(), atol=1e-6, rtol=0)
+
+
+def test_flux_is_told_the_guidance_of_the_config_and_schnell_none(world, tmp_path):
+    from diffalign.assemble import assemble
+    from diffalign.config import parse
+
+    def guidance(model: str, **train) -> float | None:
+        table = config(world, tmp_path / "run", model)
+        table["train"] |= train
+        parts = assemble(parse(table))
+        assert parts.reference is not None
+        assert parts.reference.denoiser.policy.guidance == parts.policy.guidance
+        return parts.policy.guidance
+
+    assert guidance("flux") == 3.5
+    assert guidance("flux", guidance=1.0) == 1.0
+    assert guidance("flux_schnell") is None
+    with pytest.raises(
+        InputError, match=r"train\.guidance must be left out with this model, which has no guidance emb"
+    ):
+        guidance("flux_schnell", guidance=1.0)
+
+
+def test_prompts_have_the_length_that_each_flux_was_trained_with(world):
+    for name, length in (("flux", 512), ("flux_schnell", 256)):
+        source = ModelSource(path=str(world / name))
+        family = detect_family(source)
+        alone = family.encode_prompts(load_pipeline(source, only=family.text), PROMPTS)
+        whole = family.encode_prompts(load_pipeline(source), PROMPTS)
+        assert alone["prompt_embeds"].shape == (2, length, 16)
+        assert torch.equal(alone["prompt_embeds"], whole["prompt_embeds"])
+
+
+# --- SD3
+
+
+def test_sd3_with_t5_has_its_tokens_behind_those_of_clip(world):
+    _, _, cond, pipeline = parts(world, "sd3_t5")
+    clip = 24
+    assert cond["prompt_embeds"].shape == (2, clip + 256, 32)
+    with torch.no_grad():
+        ids = pipeline.tokenizer_3(PROMPTS, padding="max_length", max_length=256, return_tensors="pt").input_ids
+        assert torch.equal(cond["prompt_embeds"][:, clip:], pipeline.text_encoder_3(ids)[0])
+
+
+@pytest.mark.parametrize("name", ["sd3_t5", "flux"])
+def test_t_of_a_flow_is_logit_normal_before_the_shift(world, name):
+    denoiser, _, _, _ = parts(world, name)
+    t = denoiser.path.sample_t(SampleRng(0, tuple(range(4000)))).double()
+    shift = denoiser.path.shift
+    u = t / (shift - (shift - 1) * t)
+    logit = torch.log(u / (1 - u))
+    assert logit.mean() == pytest.approx(0, abs=0.05)
+    assert logit.std() == pytest.approx(1, abs=0.05)
+
+
+# --- perception
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_encoder_of_a_family_shows_maps_that_carry_gradient(world, name):
+    denoiser, x, cond, _ = parts(world, name)
+    x = x.requires_grad_()
+    levels = denoiser.features(x, denoiser.path.sample_t(SampleRng(0, (0, 1))), cond)
+    assert len(levels) >= 2
+    assert all(level.dim() == 4 and len(level) == 2 for level in levels)
+    levels[-1].square().sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 # --- bad input
 
 
@@ -361,6 +527,13 @@ def test_a_folder_that_is_not_of_its_family_gives_one_clear_line(world, tmp_path
     ("model", "section", "values", "message"),
     [
         ("sdxl", "data", {"resolution": 17}, "resolution must be a multiple of 2 with this model; got 17"),
+        (
+            "flux",
+            "data",
+            {"resolution": 18},
+            "multiple of 4 with this model, 2 pixels a latent and 2 latents a token; got",
+        ),
+        ("flux", "timesteps", {"levels": 4}, "timesteps.levels must be left out on a flow"),
         ("sdxl", "train", {"guidance": 3.0}, "guidance must be left out with the family 'sdxl'"),
         ("sd", "data", {"empty_prompt": "zeros"}, "empty_prompt must be 'encode' with the family 'sd'"),
         ("sd", "data", {"sizes": "original"}, "sizes must be 'target' with the family 'sd'"),
@@ -370,6 +543,6 @@ def test_what_a_family_does_not_have_is_named(world, tmp_path, model, section, v
     worlds.sd(tmp_path / "sd")
     table = config(tmp_path if model == "sd" else world, tmp_path / "run", model)
     table["data"]["path"] = str(world / "pairs.parquet")
-    table[section] |= values
+    table[section] = {**table.get(section, {}), **values}
     with pytest.raises(InputError, match=message):
         diffalign.train(table)

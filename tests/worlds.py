@@ -127,6 +127,109 @@ def sd3(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def t5(width: int) -> tuple[Any, Any]:
+    """A two-layer T5 encoder and its tokenizer: pieces of one letter, and the words of `WORDS`."""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    letters = [(c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    words = [("\u2581" + word, -1.0) for word in WORDS]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters, *words]
+    config = T5Config(
+        vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    return T5EncoderModel(config).eval(), T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def pixart(folder: Path, seed: int = 0, *, alpha: bool = False) -> Path:
+    """A random PixArtSigmaPipeline, or alpha's at 1024 pixels, which is told sizes: 16x16 images, 8x8x4 latents."""
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        PixArtAlphaPipeline,
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+    )
+
+    torch.manual_seed(seed)
+    encoder, pieces = t5(16)
+    transformer = PixArtTransformer2DModel(
+        sample_size=128 if alpha else SIDE // 2,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=24,
+        caption_channels=16,
+        interpolation_scale=1,
+    ).eval()
+    for parameter in transformer.parameters():  # the usual start lets the prompt weigh too little to be seen
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    cls = PixArtAlphaPipeline if alpha else PixArtSigmaPipeline
+    pipeline = cls(
+        vae=_vae(4, scaling_factor=0.13025),
+        text_encoder=encoder,
+        tokenizer=pieces,
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def pixart_alpha(folder: Path, seed: int = 0) -> Path:
+    """Alpha at 1024 pixels; only the sizes that it is told depend on its latents' 128."""
+    return pixart(folder, seed, alpha=True)
+
+
+def flux(folder: Path, seed: int = 0, *, guided: bool = True) -> Path:
+    """A random FluxPipeline: 8x8x4 latents of 16x16 images; `guided` as dev, otherwise as schnell."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(seed)
+    encoder, pieces = t5(16)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=guided,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+    pipeline = FluxPipeline(
+        vae=_vae(4, shift_factor=0.1159, scaling_factor=0.3611),
+        text_encoder=_text(CLIPTextModel, 16),
+        tokenizer=tokenizer(),
+        text_encoder_2=encoder,
+        tokenizer_2=pieces,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if guided else 1.0, use_dynamic_shifting=guided),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def flux_schnell(folder: Path, seed: int = 0) -> Path:
+    """Without guidance embedding and shift."""
+    return flux(folder, seed, guided=False)
+
+
+def sd3_t5(folder: Path, seed: int = 0) -> Path:
+    """SD3 with its third text encoder."""
+    from diffusers import StableDiffusion3Pipeline
+
+    sd3(folder, seed)
+    encoder, pieces = t5(32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=encoder, tokenizer_3=pieces)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def _unet(**changes: Any) -> Any:
     from diffusers import UNet2DConditionModel
 

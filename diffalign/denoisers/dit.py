@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffalign.denoisers.family import PLAIN, Context, Family, flow_config, flow_sampling
-from diffalign.denoisers.features import captured
+from diffalign.denoisers.features import captured, first_blocks, token_maps
 from diffalign.errors import InputError
 from diffalign.paths import FlowPath, Prediction, TimestepSampling
 from diffalign.types import Cond
@@ -53,23 +53,16 @@ class DiTDenoiser:
             RuntimeError: Inputs or weights are narrower than float32.
         """
         net: Any = self.net
-        depth = len(net.transformer_blocks)
-        count = max(1, depth // 2) if blocks is None else blocks
-        if mid:
-            raise InputError("method.perception.mid must be false with a transformer, which has no middle block")
-        if not 1 <= count <= depth:
-            raise InputError(f"method.perception.blocks must be at most the transformer's {depth}, got {count}")
         patches, *outputs = captured(
             net,
-            [net.pos_embed, *net.transformer_blocks[:count]],
+            [net.pos_embed, *first_blocks(net, mid=mid, blocks=blocks)],
             x_t,
             encoder_hidden_states=cond["prompt_embeds"],
             pooled_projections=cond["pooled_prompt_embeds"],
             timestep=t * self.timestep_scale,
         )
         tokens = [patches, *(image for _, image in outputs)]  # a block returns (text tokens, image tokens)
-        h, w = (side // net.config.patch_size for side in x_t.shape[-2:])
-        return [level.transpose(1, 2).unflatten(2, (h, w)) for level in tokens]
+        return token_maps(tokens, x_t, net.config.patch_size)
 
 
 def make_denoiser(
