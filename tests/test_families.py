@@ -27,7 +27,7 @@ from tests import worlds
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 """Diffusers' Euler schedulers hand a tensor to numpy."""
 
-PROMPTS = ["a red circle", "small blue square on white"]
+TEXTS = ["a red circle", "small blue square on white"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Model:
     """Guidance is a second pass without the prompt, in the pipeline."""
     samples: bool = True
     """The pipeline makes images from noise."""
+    texts: tuple[str, ...] = tuple(TEXTS)
 
 
 MODELS = {
@@ -49,6 +50,7 @@ MODELS = {
     "pixart_alpha": Model(worlds.pixart_alpha, "pixart_alpha"),
     "sd3_t5": Model(worlds.sd3_t5, "sd3"),
     "flux": Model(worlds.flux, "flux", cfg=False),
+    "dit": Model(worlds.dit, "dit", texts=("green", "7")),
     "flux_schnell": Model(worlds.flux_schnell, "flux", cfg=False),
 }
 SAMPLED = [name for name, model in MODELS.items() if model.samples]
@@ -59,7 +61,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("families")
     for name, model in MODELS.items():
         model.build(root / name)
-    worlds.parquet(root / "pairs.parquet", worlds.preference_rows(16, ties=2))
+    rows = worlds.preference_rows(16, ties=2)
+    worlds.parquet(root / "pairs.parquet", rows)
+    for i, row in enumerate(rows):
+        row["caption"] = worlds.WORDS[i % 4]
+    worlds.parquet(root / "classes.parquet", rows)
     return root
 
 
@@ -68,7 +74,7 @@ def config(world: Path, output: Path, model: str, *, trainable: str = "lora", me
         "output": str(output),
         "model": {"path": str(world / model)},
         "data": {
-            "path": str(world / "pairs.parquet"),
+            "path": str(world / ("classes.parquet" if model == "dit" else "pairs.parquet")),
             "resolution": worlds.SIDE,
             "cache": str(world / f"cache-{model}"),
             "prompt_dropout": 0.2,
@@ -103,7 +109,12 @@ def parts(world: Path, name: str, export: Path | None = None):
     shape = (family.latent_shape(load_pipeline(source, only=(family.net,)).components[family.net].config)[0], 8, 8)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     plain = load_policy(ModelSource(path=str(world / name)), family, None, lora=None, seed=0)
-    return replace(plain, net=pipeline.components[family.net]), x, family.encode_prompts(pipeline, PROMPTS), pipeline
+    return (
+        replace(plain, net=pipeline.components[family.net]),
+        x,
+        family.encode_prompts(pipeline, MODELS.get(name, MODELS["sdxl"]).texts),
+        pipeline,
+    )
 
 
 @pytest.mark.parametrize("trainable", ["lora", "full"])
@@ -170,7 +181,9 @@ def test_a_run_can_start_from_the_lora_of_another(world, tmp_path, name):
 def test_images_come_from_the_stock_pipeline_at_given_noise(world, name):
     _, _, _, pipeline = parts(world, name)
     family = FAMILIES[MODELS[name].family]
-    made = [list(generate(pipeline, family, PROMPTS, steps=2, guidance=2.0, batch_size=size)) for size in (2, 1)]
+    made = [
+        list(generate(pipeline, family, MODELS[name].texts, steps=2, guidance=2.0, batch_size=size)) for size in (2, 1)
+    ]
     for together, alone in zip(*made, strict=True):
         assert together.latent_sha256 == alone.latent_sha256
         # one 8-bit level: sums differ in the last float32 bit with the batch size
@@ -184,7 +197,7 @@ def test_our_denoiser_walked_down_its_path_gives_the_latents_of_the_stock_pipeli
     """eta = 0 and ODE: what the pipeline conditions, scales, packs and tells of t is what training does."""
     denoiser, x, cond, pipeline = parts(world, name)
     family = FAMILIES[MODELS[name].family]
-    flow = denoiser.prediction == "velocity"
+    flow, texts = denoiser.prediction == "velocity", MODELS[name].texts
     if not flow:
         from diffusers import DDIMScheduler
 
@@ -193,17 +206,23 @@ def test_our_denoiser_walked_down_its_path_gives_the_latents_of_the_stock_pipeli
         )
     if not MODELS[name].cfg and denoiser.guidance is not None:
         denoiser = replace(denoiser, guidance=guidance)
-    theirs = pipeline(
-        prompt=PROMPTS,
-        latents=family.pack(x),
-        height=16,
-        width=16,
-        num_inference_steps=4,
-        guidance_scale=guidance,
-        output_type="latent",
-        **family.call_options(pipeline),
-    ).images
-    theirs = family.unpack(theirs, 8, 8)
+    if family.own_loop is not None:
+        theirs = plain_dit(pipeline, list(texts), guidance)
+        x = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 2)])
+    else:
+        theirs = pipeline(
+            prompt=list(texts),
+            latents=family.pack(x),
+            height=16,
+            width=16,
+            num_inference_steps=4,
+            guidance_scale=guidance,
+            output_type="latent",
+            **family.call_options(pipeline),
+        ).images
+        theirs = family.unpack(theirs, 8, 8)
+    ours = family.sample(pipeline, texts, x, steps=4, guidance=guidance, decoded=False)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
     empty = family.encode_prompts(pipeline, [""] * 2)
     if family.zero_empty:
@@ -219,6 +238,18 @@ def test_our_denoiser_walked_down_its_path_gives_the_latents_of_the_stock_pipeli
                 pred = denoiser(x, high.t, cond)
             x = step(denoiser, pred, x, high, low)
     torch.testing.assert_close(x, theirs, atol=1e-5, rtol=1e-5)
+
+
+def plain_dit(pipeline, names: list[str], guidance: float) -> torch.Tensor:
+    """Latents that the stock DiT pipeline hands to its VAE."""
+    kept = []
+    decode = pipeline.vae.decode
+    pipeline.vae.decode = lambda latents: kept.append(latents) or decode(latents)
+    ids = [pipeline.labels[n] if n in pipeline.labels else int(n) for n in names]
+    generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
+    pipeline(ids, guidance_scale=guidance, generator=generators, num_inference_steps=4, output_type="pt")
+    pipeline.vae.decode = decode
+    return kept[0] * pipeline.vae.config.scaling_factor
 
 
 def schedule(pipeline, denoiser, flow: bool) -> list[Level]:
@@ -328,7 +359,7 @@ def test_the_vae_encodes_in_float32_where_fp16_would_overflow(world):
 def test_the_refiner_is_not_sampled_from_noise(world):
     _, _, _, pipeline = parts(world, "sdxl_refiner")
     with pytest.raises(InputError, match="must make images from noise to be sampled, got the SDXL refiner"):
-        list(generate(pipeline, FAMILIES["sdxl_refiner"], PROMPTS, steps=2))
+        list(generate(pipeline, FAMILIES["sdxl_refiner"], TEXTS, steps=2))
 
 
 # --- PixArt
@@ -447,8 +478,8 @@ def test_prompts_have_the_length_that_each_flux_was_trained_with(world):
     for name, length in (("flux", 512), ("flux_schnell", 256)):
         source = ModelSource(path=str(world / name))
         family = detect_family(source)
-        alone = family.encode_prompts(load_pipeline(source, only=family.text), PROMPTS)
-        whole = family.encode_prompts(load_pipeline(source), PROMPTS)
+        alone = family.encode_prompts(load_pipeline(source, only=family.text), TEXTS)
+        whole = family.encode_prompts(load_pipeline(source), TEXTS)
         assert alone["prompt_embeds"].shape == (2, length, 16)
         assert torch.equal(alone["prompt_embeds"], whole["prompt_embeds"])
 
@@ -461,7 +492,7 @@ def test_sd3_with_t5_has_its_tokens_behind_those_of_clip(world):
     clip = 24
     assert cond["prompt_embeds"].shape == (2, clip + 256, 32)
     with torch.no_grad():
-        ids = pipeline.tokenizer_3(PROMPTS, padding="max_length", max_length=256, return_tensors="pt").input_ids
+        ids = pipeline.tokenizer_3(TEXTS, padding="max_length", max_length=256, return_tensors="pt").input_ids
         assert torch.equal(cond["prompt_embeds"][:, clip:], pipeline.text_encoder_3(ids)[0])
 
 
@@ -488,6 +519,20 @@ def test_the_encoder_of_a_family_shows_maps_that_carry_gradient(world, name):
     assert all(level.dim() == 4 and len(level) == 2 for level in levels)
     levels[-1].square().sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+# --- DiT
+
+
+def test_a_class_has_a_name_or_a_number_and_the_empty_prompt_is_none_of_them(world):
+    source = ModelSource(path=str(world / "dit"))
+    family = detect_family(source)
+    pipeline = load_pipeline(source, only=family.text)
+    assert family.encode_prompts(pipeline, ["a", "green", "word of green", "999", "", " red "])["class"].tolist() == [
+        0, 3, 3, 999, 1000, 2,
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"names of classes or numbers below 1000 .* got 'gren'; did you mean 'green'"):
+        family.encode_prompts(pipeline, ["gren"])
 
 
 # --- bad input

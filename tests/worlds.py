@@ -1,6 +1,7 @@
 """Small random pipelines of the true classes and small preference data, for tests that walk a whole road."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,38 @@ def flux(folder: Path, seed: int = 0, *, guided: bool = True) -> Path:
 def flux_schnell(folder: Path, seed: int = 0) -> Path:
     """Without guidance embedding and shift."""
     return flux(folder, seed, guided=False)
+
+
+def dit(folder: Path, seed: int = 0) -> Path:
+    """A random DiTPipeline of 1000 classes, of which WORDS have names: 16x16 images, 8x8x4 latents."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(seed)
+    transformer = DiTTransformer2DModel(
+        sample_size=SIDE // 2,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        num_embeds_ada_norm=1000,
+        norm_num_groups=4,
+    ).eval()
+    for parameter in transformer.parameters():  # the usual start lets the class weigh too little to be seen
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.1)
+    pipeline = DiTPipeline(
+        transformer=transformer,
+        vae=_vae(4, scaling_factor=0.18215),
+        scheduler=DDIMScheduler(
+            beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False, set_alpha_to_one=False
+        ),
+    )
+    pipeline.save_pretrained(folder)
+    index = folder / "model_index.json"  # the pipeline reads names from there and does not write them
+    names = {str(i): f"{word}, word of {word}" for i, word in enumerate(WORDS)}
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": names}))
+    return folder
 
 
 def sd3_t5(folder: Path, seed: int = 0) -> Path:

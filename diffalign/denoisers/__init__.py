@@ -1,5 +1,6 @@
 """Families of models: one file each, one line each in `FAMILIES`."""
 
+from diffalign.denoisers.class_dit import DIT
 from diffalign.denoisers.dit import SD3
 from diffalign.denoisers.family import Context, Family
 from diffalign.denoisers.flux import FLUX
@@ -10,5 +11,5 @@ from diffalign.denoisers.unet import SD
 __all__ = ["FAMILIES", "Context", "Family"]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (SD, SDXL, SDXL_REFINER, PIXART_ALPHA, PIXART_SIGMA, SD3, FLUX)
+    family.name: family for family in (SD, SDXL, SDXL_REFINER, PIXART_ALPHA, PIXART_SIGMA, SD3, FLUX, DIT)
 }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from diffalign.errors import InputError
@@ -109,6 +110,17 @@ def flow_sampling(timesteps: TimestepSampling | None) -> TimestepSampling:
     return (timesteps or TimestepSampling()).resolved("logit_normal")
 
 
+@runtime_checkable
+class OwnLoop(Protocol):
+    """Sampling for pipelines whose call takes no noise."""
+
+    def __call__(
+        self, pipeline: Any, prompts: Sequence[str], latents: Tensor, *, steps: int, guidance: float
+    ) -> Tensor:
+        """Latents of images, from standard normal noise."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Everything that differs between families; the only place where a family's names are known."""
@@ -149,6 +161,8 @@ class Family:
     """Latents [B, C, H, W] as the pipeline takes them."""
     unpack: Callable[[Tensor, int, int], Tensor] = lambda latents, height, width: latents
     """(latents as the pipeline gives them, H, W) -> [B, C, H, W]."""
+    own_loop: OwnLoop | None = None
+    """In place of the pipeline's call, where that takes no noise."""
     zero_empty: bool = False
     """Its pipelines put zeros in place of an empty negative prompt, so zeros may stand for a dropped prompt too."""
     told_sizes: bool = False
@@ -159,3 +173,38 @@ class Family:
     """Sampling steps where nobody chose, as the evaluation protocol has them."""
     guidance: float
     """Weight w in uncond + w (cond - uncond) where nobody chose."""
+
+    def sample(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        latents: Float[Tensor, "b c h w"],
+        *,
+        steps: int,
+        guidance: float,
+        decoded: bool = True,
+    ) -> Float[Tensor, "b _c _h _w"]:
+        """Images of prompts from given noise, by the pipeline: RGB in [0, 1], or latents as the denoiser has them.
+
+        Args:
+            pipeline: With its sampler in place.
+            latents: Standard normal noise, on the pipeline's device.
+        """
+        if self.own_loop is not None:
+            made = self.own_loop(pipeline, prompts, latents, steps=steps, guidance=guidance)
+            if not decoded:
+                return made
+            pixels = pipeline.vae.decode(made / pipeline.vae.config.scaling_factor).sample
+            return (pixels / 2 + 0.5).clamp(0, 1)
+        height, width = latents.shape[-2:]
+        made = pipeline(
+            prompt=list(prompts),
+            latents=self.pack(latents),
+            height=height * pipeline.vae_scale_factor,
+            width=width * pipeline.vae_scale_factor,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="pt" if decoded else "latent",
+            **self.call_options(pipeline),
+        ).images
+        return made if decoded else self.unpack(made, height, width)

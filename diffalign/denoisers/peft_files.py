@@ -11,6 +11,11 @@ from torch import Tensor
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a network's modules."""
+RECIPE = (
+    "from peft import PeftModel\n"
+    'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "path/to/this/folder")'
+)
+"""How others load such a folder, for the model card."""
 WEIGHTS = "adapter_model.safetensors"
 
 

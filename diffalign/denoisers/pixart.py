@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffalign.denoisers.family import PLAIN, Context, Family, ddpm_path
 from diffalign.denoisers.features import captured, first_blocks, token_maps
-from diffalign.denoisers.peft_files import load_peft, save_peft
+from diffalign.denoisers.peft_files import RECIPE, load_peft, save_peft
 from diffalign.paths import DDPMPath, Prediction, TimestepSampling
 from diffalign.types import Cond
 
@@ -131,10 +131,7 @@ PIXART_SIGMA = Family(
     call_options=call_options,
     save_lora=save_peft,
     load_lora=load_peft,
-    lora_recipe=(
-        "from peft import PeftModel\n"
-        'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "path/to/this/folder")'
-    ),
+    lora_recipe=RECIPE,
     patch=2,
     steps=20,
     guidance=4.5,

@@ -73,6 +73,7 @@ def generate(
         )
 
 
+@torch.no_grad()
 def make_batch(
     pipeline: Any,
     family: Family,
@@ -90,16 +91,8 @@ def make_batch(
     net = pipeline.components[family.net]
     seeds = [prompt_seed(prompts[i], k) for i, k in places]
     latents = initial_latents(family.latent_shape(net.config), seeds)
-    images = pipeline(
-        prompt=[prompts[i] for i, _ in places],
-        latents=family.pack(latents).to(net.device, net.dtype),
-        height=latents.shape[2] * pipeline.vae_scale_factor,
-        width=latents.shape[3] * pipeline.vae_scale_factor,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type="pt",
-        **family.call_options(pipeline),
-    ).images
+    noise = latents.to(net.device, net.dtype)
+    images = family.sample(pipeline, [prompts[i] for i, _ in places], noise, steps=steps, guidance=guidance)
     made = []
     for (i, k), seed, latent, image in zip(places, seeds, latents, images.float().cpu(), strict=True):
         if not image.isfinite().all():
