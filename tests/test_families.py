@@ -474,6 +474,14 @@ def test_flux_is_told_the_guidance_of_the_config_and_schnell_none(world, tmp_pat
         guidance("flux_schnell", guidance=1.0)
 
 
+def test_schnell_does_not_take_the_cache_of_dev(world, tmp_path):
+    diffalign.train(config(world, tmp_path / "dev", "flux"))
+    table = config(world, tmp_path / "schnell", "flux_schnell")
+    table["data"]["cache"] = str(world / "cache-flux")
+    with pytest.raises(InputError, match="differs in guidance_embeds: True there, False here"):
+        diffalign.train(table)
+
+
 def test_prompts_have_the_length_that_each_flux_was_trained_with(world):
     for name, length in (("flux", 512), ("flux_schnell", 256)):
         source = ModelSource(path=str(world / name))

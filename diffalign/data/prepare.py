@@ -21,7 +21,7 @@ from diffalign.data.images import Preprocessing
 from diffalign.data.pairs import Counts, Dropped, PairReader, Row
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
-from diffalign.models.load import ModelSource, load_pipeline, load_vae_config
+from diffalign.models.load import ModelSource, load_net_config, load_pipeline, load_vae_config
 from diffalign.paths import broadcast
 from diffalign.progress import bar
 from diffalign.shipped import MODELS, resolve
@@ -127,6 +127,7 @@ def content_key(
         "flip": prep.flip,
         "variants": prep.variants,
         "seed": seed if random else None,
+        **{name: load_net_config(source, family)[name] for name in family.text_depends_on},
         **({"empty_prompt": "zeros"} if zeros else {}),
         **({"sizes": "original"} if prep.sizes else {}),
         "dtype": dtype,

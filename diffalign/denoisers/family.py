@@ -134,6 +134,8 @@ class Family:
     """Components that turn prompts into conditions."""
     optional: tuple[str, ...] = ()
     """Those of `text` that a pipeline may lack."""
+    text_depends_on: tuple[str, ...] = ()
+    """Entries of the trained network's config that decide how prompts are encoded."""
     lora_targets: tuple[str, ...]
     """Default modules that get a LoRA, by the end of their name."""
     net_class: Callable[[], type]

@@ -171,6 +171,7 @@ FLUX = Family(
     pipelines=("FluxPipeline",),
     net="transformer",
     text=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+    text_depends_on=("guidance_embeds",),
     lora_targets=(
         "attn.to_q",
         "attn.to_k",

@@ -1,5 +1,6 @@
 """The steps of an evaluation, between what was asked for and its results."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -193,7 +194,7 @@ class Work:
             return about | {"source": None, "images": str(arm.images), "scheduler": {"class": "finished images"}}
         pipeline = load_pipeline(arm.source, only=())
         detect_family(arm.source).use_sampler(pipeline)
-        config = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+        config = {k: _as_json(v) for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
         scheduler = {"class": type(pipeline.scheduler).__name__, **config}
         return about | {"source": asdict(arm.source), "images": None, "scheduler": scheduler}
 
@@ -258,3 +259,8 @@ def quick(prompts: PromptSet) -> PromptSet:
     """The quick tier's prompts of a set."""
     labels = preflight.labels_of(prompts)
     return quick_rows(prompts, next(iter(labels.values()), None))
+
+
+def _as_json(value: Any) -> Any:
+    """A scheduler's entry; DPM-Solver's bound of minus infinity becomes text, which JSON has."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
