@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,12 +55,18 @@ MODELS = {
     "flux_schnell": Model(worlds.flux_schnell, "flux", cfg=False),
 }
 SAMPLED = [name for name, model in MODELS.items() if model.samples]
+OLDER = {
+    "sd": Model(worlds.sd, "sd"),
+    "sd_v": Model(partial(worlds.sd, prediction="v_prediction"), "sd"),
+    "sd3": Model(worlds.sd3, "sd3"),
+}
+"""Those that train, resume and reload in test_train and test_lora."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("families")
-    for name, model in MODELS.items():
+    for name, model in {**MODELS, **OLDER}.items():
         model.build(root / name)
     rows = worlds.preference_rows(16, ties=2)
     worlds.parquet(root / "pairs.parquet", rows)
@@ -192,19 +199,20 @@ def test_images_come_from_the_stock_pipeline_at_given_noise(world, name):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("name", [*SAMPLED, *OLDER])
 def test_our_denoiser_walked_down_its_path_gives_the_latents_of_the_stock_pipeline(world, name, guidance):
     """eta = 0 and ODE: what the pipeline conditions, scales, packs and tells of t is what training does."""
     denoiser, x, cond, pipeline = parts(world, name)
-    family = FAMILIES[MODELS[name].family]
-    flow, texts = denoiser.prediction == "velocity", MODELS[name].texts
+    model = MODELS[name] if name in MODELS else OLDER[name]
+    family, texts = FAMILIES[model.family], model.texts
+    flow = denoiser.prediction == "velocity"
     if not flow:
         from diffusers import DDIMScheduler
 
         pipeline.scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading"
         )
-    if not MODELS[name].cfg and denoiser.guidance is not None:
+    if not model.cfg and denoiser.guidance is not None:
         denoiser = replace(denoiser, guidance=guidance)
     if family.own_loop is not None:
         theirs = plain_dit(pipeline, list(texts), guidance)
@@ -230,7 +238,7 @@ def test_our_denoiser_walked_down_its_path_gives_the_latents_of_the_stock_pipeli
     levels = schedule(pipeline, denoiser, flow)
     with torch.no_grad():
         for high, low in pairwise(levels):
-            if MODELS[name].cfg and guidance > 1:
+            if model.cfg and guidance > 1:
                 both = Cond({k: torch.cat([empty[k], cond[k]]) for k in cond.tensors})
                 uncond, pred = denoiser(x.repeat(2, 1, 1, 1), high.t.repeat(2), both).chunk(2)
                 pred = uncond + guidance * (pred - uncond)
