@@ -173,6 +173,16 @@ def test_a_folder_is_recognised_and_a_fresh_adapter_has_margin_exactly_0(world, 
     assert not torch.equal(predicted(policy, x, t, cond), predicted(reference, x, t, cond))
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMSNorm under autocast
+@pytest.mark.parametrize("name", MODELS)
+def test_in_bf16_with_recomputation_the_first_margin_is_exactly_0_too(world, tmp_path, name):
+    table = config(world, tmp_path / "run", name)
+    table["train"] |= {"precision": "bf16", "gradient_checkpointing": True}
+    lines = metrics(diffalign.train(table).folder)
+    assert lines[0]["rewards/margins"] == 0.0
+    assert lines[1]["rewards/margins"] != 0.0
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_can_start_from_the_lora_of_another(world, tmp_path, name):
     first = diffalign.train(config(world, tmp_path / "first", name))
