@@ -16,7 +16,7 @@ from diffalign.evaluate.comparison import Judge
 from diffalign.evaluate.results import ROLES, Role
 from diffalign.evaluate.score import IMAGES, read_image, score_images
 from diffalign.evaluate.store import JOURNALS, write_whole
-from diffalign.models.load import ModelSource, detect_family, load_net_config, load_vae_config
+from diffalign.models.load import ModelSource, detect_family, load_net_config, vae_factor
 from diffalign.types import Reward, SetReward
 
 PROMPTS_FILE = "prompts.jsonl"
@@ -94,7 +94,7 @@ def common_size(sources: Mapping[str, ModelSource]) -> tuple[int, int]:
     for arm, source in sources.items():
         family = detect_family(source)
         channels, height, width = family.latent_shape(load_net_config(source, family))
-        factor = 2 ** (len(load_vae_config(source)["block_out_channels"]) - 1)
+        factor = vae_factor(source)
         shapes[arm] = (channels, height, width)
         sizes.append((height * factor, width * factor))
     if len(set(shapes.values())) > 1:

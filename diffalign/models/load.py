@@ -184,6 +184,16 @@ def load_net_config(source: ModelSource, family: Family) -> dict[str, Any]:
         return dict(cls.load_config(path, subfolder=family.net, revision=source.revision))
 
 
+def vae_factor(source: ModelSource) -> int:
+    """Pixels of an image per latent, along a side."""
+    return int(2 ** (len(load_vae_config(source)["block_out_channels"]) - 1))
+
+
+def native_resolution(source: ModelSource, family: Family) -> int:
+    """Side in pixels that the model was made for."""
+    return family.latent_shape(load_net_config(source, family))[1] * vae_factor(source)
+
+
 def load_context(
     source: ModelSource, family: Family, *, resolution: int | None = None, guidance: float | None = None
 ) -> Context:
@@ -197,8 +207,8 @@ def load_context(
             f"config.train.guidance must be left out with the family {family.name!r}, whose network is told none; "
             f"got {guidance}"
         )
-    factor = 2 ** (len(load_vae_config(source)["block_out_channels"]) - 1)
-    side = resolution or family.latent_shape(load_net_config(source, family))[1] * factor
+    factor = vae_factor(source)
+    side = resolution or native_resolution(source, family)
     if side % (factor * family.patch):
         token = f", {factor} pixels a latent and {family.patch} latents a token" if family.patch > 1 else ""
         raise InputError(
