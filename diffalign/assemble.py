@@ -21,15 +21,15 @@ from diffalign.data.prepare import (
     CacheJob,
     Encoders,
     cached,
+    check_conditions,
     content_key,
-    native_resolution,
     split_cached,
     split_live,
     vae_scale,
 )
-from diffalign.denoisers import Family
+from diffalign.denoisers import Context, Family
 from diffalign.errors import InputError
-from diffalign.models.load import detect_family
+from diffalign.models.load import detect_family, load_context
 from diffalign.models.policy import Reference, cast_frozen, load_policy, make_reference
 from diffalign.models.save import trainable
 from diffalign.settings import TrainConfig
@@ -91,7 +91,8 @@ def assemble(cfg: TrainConfig) -> Parts:
     resumed = find_checkpoint(folder, cfg)
 
     adapted = cfg.train.trainable == "lora"
-    policy = load_policy(cfg.model, family, cfg.timesteps, lora=cfg.lora if adapted else None, seed=cfg.seed)
+    lora, told = cfg.lora if adapted else None, context_of(cfg, family)
+    policy = load_policy(cfg.model, family, cfg.timesteps, lora=lora, seed=cfg.seed, context=told)
     train_rows, held_rows, counts = prepare_rows(cfg, family, folder, share, accelerator)
     collator = Collator(
         rows=train_rows,
@@ -102,6 +103,7 @@ def assemble(cfg: TrainConfig) -> Parts:
         latents=cfg.data.latents,
         swap=cfg.data.swap_labels,
         positive_ratio=cfg.data.positive_ratio,
+        sizes=cfg.data.sizes == "original",
     )
 
     check_batch(cfg, share.of)
@@ -202,6 +204,16 @@ def claim_folder(parts: Parts) -> None:
     parts.accelerator.wait_for_everyone()
 
 
+def context_of(cfg: TrainConfig, family: Family) -> Context:
+    """What the denoiser is told beside prompts and t.
+
+    Raises:
+        InputError: The config asks for what the family does not have.
+    """
+    check_conditions(family, empty_prompt=cfg.data.empty_prompt, sizes=cfg.data.sizes)
+    return load_context(cfg.model, family, resolution=cfg.data.resolution, guidance=cfg.train.guidance)
+
+
 def prepare_rows(
     cfg: TrainConfig, family: Family, folder: Path, share: Share, accelerator: Any
 ) -> tuple[Rows, Rows | None, Counts]:
@@ -210,12 +222,13 @@ def prepare_rows(
     reader = PairReader(data, bad_images=needs.data == "labelled")
     reader.check_fits(needs.data, scores=needs.scores, swapped=data.swap_labels)
     prep = Preprocessing(
-        resolution=data.resolution or native_resolution(cfg.model, family),
+        resolution=context_of(cfg, family).resolution,
         crop=data.crop,
         flip=data.flip,
         variants=data.variants,
+        sizes=data.sizes == "original",
     )
-    encoders = Encoders(cfg.model, family, accelerator.device)
+    encoders = Encoders(cfg.model, family, accelerator.device, zeros=data.empty_prompt == "zeros")
     fraction = 0.0 if cfg.validation is None else cfg.validation.fraction
     limit = 0 if cfg.validation is None else cfg.validation.pairs
     if data.cache is False:
@@ -227,7 +240,7 @@ def prepare_rows(
     place = folder / "cache" if data.cache is True else Path(data.cache)
     job = CacheJob(
         folder=place,
-        key=content_key(cfg.model, family, reader, prep, dtype=data.cache_dtype, seed=cfg.seed),
+        key=content_key(cfg.model, family, reader, prep, dtype=data.cache_dtype, seed=cfg.seed, zeros=encoders.zeros),
         dtype=getattr(torch, data.cache_dtype),
         batch_size=data.encode_batch_size,
         seed=cfg.seed,

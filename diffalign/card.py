@@ -8,7 +8,6 @@ from typing import Any
 from diffalign.data.pairs import Counts
 from diffalign.denoisers import Family
 from diffalign.environment import versions
-from diffalign.models.save import LORA_FILE
 from diffalign.settings import TrainConfig
 from diffalign.strict import to_toml
 
@@ -77,7 +76,7 @@ def _loading(cfg: TrainConfig, family: Family) -> str:
             ]
         )
     lines.append(f'pipeline = {cls}.from_pretrained("{cfg.model.path}")')
-    lines.append(f'pipeline.load_lora_weights("path/to/this/folder", weight_name="{LORA_FILE}")')
+    lines.append(family.lora_recipe)
     return "\n".join(lines)
 
 

@@ -38,12 +38,17 @@ class TimestepSampling:
     """Of the logit; only with `logit_normal`."""
     std: float = 1.0
     """Of the logit; only with `logit_normal`."""
+    levels: int | None = None
+    """DDPM: t is one of so many only, the last of each of as many equal parts of the range (SDXL-Turbo: 4, that is 249,
+    499, 749 and 999); None trains all."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
             raise InputError(f"timesteps.low and .high must satisfy 0 <= low < high <= 1, got {self.low}, {self.high}")
         if self.std <= 0:
             raise InputError(f"timesteps.std must be positive, got {self.std}")
+        if self.levels is not None and self.levels < 1:
+            raise InputError(f"timesteps.levels must be at least 1, got {self.levels}")
         if self.distribution == "uniform" and (self.mean, self.std) != (0.0, 1.0):
             raise InputError(
                 "timesteps.mean and .std must be left out when u is uniform; they shape 'logit_normal' only"
@@ -102,7 +107,10 @@ class DDPMPath:
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def sample_t(self, rng: SampleRng) -> Int[Tensor, " b"]:
-        return self.at(self.timesteps.draw(rng))
+        u, levels = self.timesteps.draw(rng), self.timesteps.levels
+        if levels is None:
+            return self.at(u)
+        return ((u * levels).long().clamp(0, levels - 1) + 1) * len(self.alpha_bar) // levels - 1
 
     def at(self, level: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
         return (level * len(self.alpha_bar)).long().clamp(0, len(self.alpha_bar) - 1)

@@ -218,20 +218,17 @@ class Sampler:
     def _latents(self, split: Split, rows: list[int]) -> Float[Tensor, "b c h w"]:
         source, device = self.parts.collator if split == "train" else self.parts.held, self.parts.accelerator.device
         assert source is not None, "held-out rows are there where they are sampled for"
-        height, width = (side * self.pipeline.vae_scale_factor for side in self.shape[1:])
         path = (self.parts.cfg.seed, "rollout", split, self.round.number)
         noise = torch.stack([torch.randn(self.shape, generator=rng.generator(*path, row)) for row in rows])
         with self.round.reference.network(), self.parts.accelerator.autocast():
-            latents = self.pipeline(
-                prompt=[source.rows.prompt(row) for row in rows],
-                latents=noise.to(device),
-                height=height,
-                width=width,
-                num_inference_steps=self.round.settings.steps,
-                guidance_scale=self.round.settings.guidance,
-                output_type="latent",
-                **self.parts.family.call_options(self.pipeline),
-            ).images
+            latents = self.parts.family.sample(
+                self.pipeline,
+                [source.rows.prompt(row) for row in rows],
+                noise.to(device),
+                steps=self.round.settings.steps,
+                guidance=self.round.settings.guidance,
+                decoded=False,
+            )
         return latents.float()
 
 

@@ -24,6 +24,11 @@ class DataSettings(PairSource):
     """Random variants of each pair in the cache, with random crop or flip."""
     prompt_dropout: float = 0.0
     """Probability that a pair trains with the empty prompt (Diffusion-DPO: 0.2)."""
+    empty_prompt: Literal["encode", "zeros"] = "encode"
+    """What stands for the empty prompt: its encoding, as in all trainers, or zeros, as in SDXL's own sampling."""
+    sizes: Literal["target", "original"] = "target"
+    """What SDXL is told of a pair: an uncropped image of the side trained on (Diffusion-DPO), or the winner's stored
+    size and where it was cropped (MaPO, NCP)."""
     latents: Literal["sample", "mean"] = "sample"
     """Draw latents from the VAE's posterior at every step, or take its mean."""
     swap_labels: bool = False
@@ -63,6 +68,8 @@ class TrainSettings:
     """The policy as it started, or a moving average of it; None is what the method chooses."""
     reference_decay: float | None = None
     """Decay of a moving reference per optimizer step; None takes 0.995."""
+    guidance: float | None = None
+    """What a network with a guidance embedding is told in training, the reference too; None is 3.5 (FLUX.1)."""
     log_every: int = 1
     """Steps from one line of metrics.jsonl to the next."""
 

@@ -92,7 +92,7 @@ MISTAKES: dict[str, tuple[Callable[[dict, Path], object], str]] = {
     "unknown method": (lambda t, p: t["method"].update(name="dpo2"), "must be a known method, got 'dpo2'"),
     "unknown family": (
         lambda t, p: folder(t, p, rename_class),
-        "got 'KandinskyPipeline'; known families: sd (StableDiffusionPipeline), sd3 (StableDiffusion3Pipeline)",
+        "got 'KandinskyPipeline'; known families: sd (StableDiffusionPipeline), sdxl (StableDiffusionXLPipeline)",
     ),
     "column missing": (
         lambda t, p: rows(t, p, lambda r: [x.pop("label_0") for x in r]),

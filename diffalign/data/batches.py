@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffalign import rng
 from diffalign.data.cache import CacheReader, CacheTable, EncodeImages, EncodePrompts, Share
-from diffalign.data.images import Preprocessing, decode, place, to_square
+from diffalign.data.images import Preprocessing, decode, origin, place, to_square
 from diffalign.data.pairs import PairReader, Row
 from diffalign.errors import InputError
 from diffalign.rng import SampleRng
@@ -76,6 +76,15 @@ class Rows(Protocol):
     def prompt(self, row: int) -> str: ...
 
 
+@runtime_checkable
+class Sized(Protocol):
+    """Rows that know how large their winners were as stored, and where they were cropped."""
+
+    def origin(self, rows: Sequence[int], samples: Sequence[int]) -> Int[Tensor, "b 4"]:
+        """Height, width, upper and left edge of the crop."""
+        ...
+
+
 class CachedRows:
     """Rows out of a finished cache."""
 
@@ -98,7 +107,13 @@ class CachedRows:
             torch.stack([self._place(where[self.rows[r]], s) for r, s in zip(rows, samples, strict=True)])
         )
 
-    def _place(self, places: Int[Tensor, "k 2"], sample: int) -> Int[Tensor, "2"]:
+    def origin(self, rows: Sequence[int], samples: Sequence[int]) -> Int[Tensor, "b 4"]:
+        if self.table.origin is None:
+            raise ValueError("the cache must hold sizes to give them, got one that was built without")
+        found = [self.table.origin[self.rows[r]] for r in rows]
+        return torch.stack([self._place(places, s) for places, s in zip(found, samples, strict=True)])
+
+    def _place(self, places: Int[Tensor, "k n"], sample: int) -> Int[Tensor, " n"]:
         if len(places) == 1:
             return places[0]
         return places[int(torch.randint(len(places), (), generator=rng.generator(self.seed, sample, "variant")))]
@@ -146,6 +161,12 @@ class LiveRows:
         mean, std = (torch.cat([part[i] for part in parts]).float().cpu() for i in (0, 1))
         return mean, std
 
+    def origin(self, rows: Sequence[int], samples: Sequence[int]) -> Int[Tensor, "b 4"]:
+        found = [(self._row(r), s) for r, s in zip(rows, samples, strict=True)]
+        return torch.tensor(
+            [origin(row.chosen, self.prep, place(self.prep, self.seed, row.number, s)) for row, s in found]
+        )
+
     def _pixels(self, row: int, sample: int, member: Member) -> Float[Tensor, "3 h w"]:
         found = self._row(row)
         data = found.chosen if member == "w" else found.rejected
@@ -188,6 +209,8 @@ class Collator:
     positive_ratio: float | None = None
     """Labelled images: probability that a sample is a good one, drawn with replacement; None takes every image once an
     epoch."""
+    sizes: bool = False
+    """Conditions say how large the winner was as stored and where it was cropped, for the loser too, as `origin`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_dropout <= 1:
@@ -217,6 +240,10 @@ class Collator:
         rows = [item // 2 for item in items] if self._halves else list(items)
         dropped = (draws.uniform("prompt_dropout") < self.prompt_dropout).tolist()
         cond = self.rows.cond(rows, dropped)
+        if self.sizes:
+            if not isinstance(self.rows, Sized):
+                raise ValueError(f"rows must know the sizes of images, got {type(self.rows).__name__}")
+            cond = Cond({**cond.tensors, "origin": self.rows.origin(rows, draws.samples)})
         if self.kind == "labelled":
             label = self.good[torch.tensor(items)].float() * 2 - 1
             return ImageBatch(x_0=self._mixed(items, rows, draws), cond=cond, samples=draws.samples, label=label)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.checkpoint import write_atomic
-from diffalign.data.images import Preprocessing, decode, place, to_square
+from diffalign.data.images import Preprocessing, decode, origin, place, to_square
 from diffalign.data.pairs import Counts, Dropped, PairReader, Row
 from diffalign.errors import InputError
 from diffalign.types import Cond
@@ -136,6 +136,8 @@ class CacheTable:
     prompts: list[str]
     """Distinct prompts in order of first use, "" first."""
     counts: Counts
+    origin: Int[Tensor, "n v 4"] | None = None
+    """Height, width, upper and left edge of the crop of every variant of the winner, where they were asked for."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -148,6 +150,7 @@ def read_table(folder: Path) -> CacheTable:
         InputError: There are no shards, since the source has no rows.
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in ("chosen", "rejected", "number", "score", "good")}
+    origins: list[Tensor] = []
     prompt = []
     prompts: dict[str, int] = {"": 0}
     counts = Counts()
@@ -156,6 +159,8 @@ def read_table(folder: Path) -> CacheTable:
         with safe_open(file, framework="pt") as content:
             for name, parts in columns.items():
                 parts.append(content.get_tensor(name))
+            if "origin" in content.keys():
+                origins.append(content.get_tensor("origin"))
         prompt += [prompts.setdefault(text, len(prompts)) for text in meta["prompts"]]
     if not columns["chosen"]:
         counts.check("data.path", final=True)
@@ -164,6 +169,7 @@ def read_table(folder: Path) -> CacheTable:
         prompt=torch.tensor(prompt, dtype=torch.long),
         prompts=list(prompts),
         counts=counts,
+        origin=torch.cat(origins) if origins else None,
     )
 
 
@@ -216,6 +222,7 @@ class _Shard:
         self.numbers: list[int] = []
         self.scores: list[tuple[float, float]] = []
         self.good: list[bool] = []
+        self.origin: list[list[tuple[int, int, int, int]]] = []
         self.counts = Counts()
         self.mean = self.std = torch.empty(0)
 
@@ -233,6 +240,8 @@ class _Shard:
                 self.numbers.append(row.number)
                 self.scores.append(scores_of(row))
                 self.good.append(row.good)
+                if self.prep.sizes:
+                    self.origin.append(self._origins(row))
         self.counts.add(row)
         return row
 
@@ -252,6 +261,8 @@ class _Shard:
             "score": torch.tensor(self.scores, dtype=torch.float32).reshape(-1, 2),
             "good": torch.tensor(self.good, dtype=torch.bool),
         }
+        if self.prep.sizes:
+            tensors["origin"] = torch.tensor(self.origin, dtype=torch.long).reshape(-1, self.prep.variants, 4)
         counts = {"rows": self.counts.rows, "dropped": self.counts.dropped, "broken": self.counts.broken}
         save_shard(file, tensors, {"prompts": self.prompts, "digests": self.digests, "counts": counts})
 
@@ -268,6 +279,10 @@ class _Shard:
                 self.digests.append(digest)
             places.append(self.seen[digest])
         return places
+
+    def _origins(self, row: Row) -> list[tuple[int, int, int, int]]:
+        variants = range(self.prep.variants)
+        return [origin(row.chosen, self.prep, place(self.prep, self.seed, row.number, v)) for v in variants]
 
 
 def _known_images(folder: Path) -> dict[str, tuple[int, int]]:

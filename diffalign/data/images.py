@@ -26,6 +26,8 @@ class Preprocessing:
     """Mirror at random; falsifies captions that name a side, so it is off."""
     variants: int = 1
     """Random variants of each pair that are kept in the cache; 1 without random crop or flip."""
+    sizes: bool = False
+    """Rows also say how large an image was and where it was cropped."""
 
     def __post_init__(self) -> None:
         random = self.flip or self.crop == "random"
@@ -67,16 +69,37 @@ def decode(data: bytes) -> Image.Image:
 def to_square(image: Image.Image, prep: Preprocessing, placement: Placement) -> Float[Tensor, "3 r r"]:
     """Bilinear resize of the shorter side to the resolution, crop, mirror, scale to [-1, 1]."""
     side = prep.resolution
-    width, height = image.size
-    scale = side / min(width, height)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    size, left, top = _crop(image.size, prep, placement)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = round((size[0] - side) * placement.x), round((size[1] - side) * placement.y)
     image = image.crop((left, top, left + side, top + side))
     if placement.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _crop(whole: tuple[int, int], prep: Preprocessing, placement: Placement) -> tuple[tuple[int, int], int, int]:
+    """Width and height after resizing, and the left and upper edge of the square in that."""
+    side, (width, height) = prep.resolution, whole
+    scale = side / min(width, height)
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    return size, round((size[0] - side) * placement.x), round((size[1] - side) * placement.y)
+
+
+def origin(data: bytes, prep: Preprocessing, placement: Placement) -> tuple[int, int, int, int]:
+    """Height and width of a stored image, and the upper and left edge of its square after resizing.
+
+    The left edge of a mirrored square is counted in the mirrored image.
+
+    Raises:
+        OSError: The bytes are not an image.
+    """
+    try:
+        width, height = Image.open(io.BytesIO(data)).size
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"unreadable image: {error}") from error
+    size, left, top = _crop((width, height), prep, placement)
+    return height, width, top, size[0] - prep.resolution - left if placement.mirrored else left
 
 
 def to_tensor(image: Image.Image | str | Path | bytes) -> Float[Tensor, "3 h w"]:

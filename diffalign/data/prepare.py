@@ -22,6 +22,7 @@ from diffalign.data.pairs import Counts, Dropped, PairReader, Row
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
 from diffalign.models.load import ModelSource, load_net_config, load_pipeline, load_vae_config
+from diffalign.paths import broadcast
 from diffalign.progress import bar
 from diffalign.shipped import MODELS, resolve
 from diffalign.types import Cond
@@ -40,10 +41,12 @@ class Prepared:
 class Encoders:
     """VAE and text encoders of a pipeline, loaded when first used, so that a finished cache loads neither."""
 
-    def __init__(self, source: ModelSource, family: Family, device: torch.device) -> None:
+    def __init__(self, source: ModelSource, family: Family, device: torch.device, *, zeros: bool = False) -> None:
+        """With `zeros` the conditions of an empty prompt are zeros; networks are float32, as SDXL's VAE must be."""
         self.source = source
         self.family = family
         self.device = device
+        self.zeros = zeros
         self._parts: dict[str, Any] = {}
 
     @torch.no_grad()
@@ -57,7 +60,11 @@ class Encoders:
 
     def prompts(self, texts: Sequence[str]) -> Cond:
         """Conditions of prompts, on the CPU."""
-        return self.family.encode_prompts(self._part("text", self.family.text), texts).to("cpu")
+        cond = self.family.encode_prompts(self._part("text", self.family.text), texts).to("cpu")
+        if not self.zeros:
+            return cond
+        kept = torch.tensor([text != "" for text in texts])
+        return Cond({name: tensor * broadcast(kept, tensor) for name, tensor in cond.tensors.items()})
 
     def free(self) -> None:
         """Lets go of the networks."""
@@ -74,17 +81,37 @@ class Encoders:
 def vae_scale(source: ModelSource) -> LatentScale:
     """Scaling constants of the VAE's config."""
     config = load_vae_config(source)
+    if config.get("latents_mean") is not None:
+        raise InputError(
+            "vae.config.latents_mean must be absent, got a mean and a deviation per channel, as no known family has; "
+            "name another model.vae"
+        )
     return LatentScale(scale=float(config["scaling_factor"]), shift=float(config.get("shift_factor") or 0.0))
 
 
-def native_resolution(source: ModelSource, family: Family) -> int:
-    """Side in pixels that the model was made for: the denoiser's sample size times the VAE's reduction."""
-    blocks = load_vae_config(source)["block_out_channels"]
-    return int(load_net_config(source, family)["sample_size"]) * 2 ** (len(blocks) - 1)
+def check_conditions(family: Family, *, empty_prompt: str, sizes: str) -> None:
+    """Raises InputError for conditions that the family does not have."""
+    if empty_prompt == "zeros" and not family.zero_empty:
+        raise InputError(
+            f"config.data.empty_prompt must be 'encode' with the family {family.name!r}, whose pipelines encode an "
+            "empty prompt; got 'zeros'"
+        )
+    if sizes == "original" and not family.told_sizes:
+        raise InputError(
+            f"config.data.sizes must be 'target' with the family {family.name!r}, whose network is told no sizes; "
+            "got 'original'"
+        )
 
 
 def content_key(
-    source: ModelSource, family: Family, reader: PairReader, prep: Preprocessing, *, dtype: str, seed: int
+    source: ModelSource,
+    family: Family,
+    reader: PairReader,
+    prep: Preprocessing,
+    *,
+    dtype: str,
+    seed: int,
+    zeros: bool = False,
 ) -> dict[str, Any]:
     """Everything that the content of a cache depends on, by name."""
     random = prep.flip or prep.crop == "random"
@@ -100,6 +127,9 @@ def content_key(
         "flip": prep.flip,
         "variants": prep.variants,
         "seed": seed if random else None,
+        **{name: load_net_config(source, family)[name] for name in family.text_depends_on},
+        **({"empty_prompt": "zeros"} if zeros else {}),
+        **({"sizes": "original"} if prep.sizes else {}),
         "dtype": dtype,
     }
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffalign.data.batches import Rows
+from diffalign.data.batches import Rows, Sized
 from diffalign.errors import InputError, RunError
 from diffalign.types import Cond
 
@@ -81,6 +81,11 @@ class SelfSampled:
 
     def cond(self, rows: Sequence[int], dropped: Sequence[bool]) -> Cond:
         return self.rows.cond(rows, dropped)
+
+    def origin(self, rows: Sequence[int], samples: Sequence[int]) -> Int[Tensor, "b 4"]:
+        if not isinstance(self.rows, Sized):
+            raise ValueError(f"rows must know the sizes of images, got {type(self.rows).__name__}")
+        return self.rows.origin(rows, samples)
 
     def prompt(self, row: int) -> str:
         return self.rows.prompt(row)

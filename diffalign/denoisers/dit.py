@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffalign.denoisers.family import Family
-from diffalign.denoisers.features import captured
+from diffalign.denoisers.family import PLAIN, Context, Family, flow_config, flow_sampling
+from diffalign.denoisers.features import captured, first_blocks, token_maps
 from diffalign.errors import InputError
 from diffalign.paths import FlowPath, Prediction, TimestepSampling
 from diffalign.types import Cond
@@ -53,34 +53,29 @@ class DiTDenoiser:
             RuntimeError: Inputs or weights are narrower than float32.
         """
         net: Any = self.net
-        depth = len(net.transformer_blocks)
-        count = max(1, depth // 2) if blocks is None else blocks
-        if mid:
-            raise InputError("method.perception.mid must be false with a transformer, which has no middle block")
-        if not 1 <= count <= depth:
-            raise InputError(f"method.perception.blocks must be at most the transformer's {depth}, got {count}")
         patches, *outputs = captured(
             net,
-            [net.pos_embed, *net.transformer_blocks[:count]],
+            [net.pos_embed, *first_blocks(net, mid=mid, blocks=blocks)],
             x_t,
             encoder_hidden_states=cond["prompt_embeds"],
             pooled_projections=cond["pooled_prompt_embeds"],
             timestep=t * self.timestep_scale,
         )
         tokens = [patches, *(image for _, image in outputs)]  # a block returns (text tokens, image tokens)
-        h, w = (side // net.config.patch_size for side in x_t.shape[-2:])
-        return [level.transpose(1, 2).unflatten(2, (h, w)) for level in tokens]
+        return token_maps(tokens, x_t, net.config.patch_size)
 
 
-def make_denoiser(net: nn.Module, scheduler: Mapping[str, Any], timesteps: TimestepSampling | None) -> DiTDenoiser:
+def make_denoiser(
+    net: nn.Module,
+    scheduler: Mapping[str, Any],
+    timesteps: TimestepSampling | None,
+    context: Context = PLAIN,
+) -> DiTDenoiser:
     """A denoiser whose shift and timestep scale come from the folder's scheduler config."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    config = FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler)).config
+    config = flow_config("sd3", scheduler)
     if config.use_dynamic_shifting:
         raise InputError("scheduler.use_dynamic_shifting must be false for the family 'sd3', got true")
-    sampling = (timesteps or TimestepSampling()).resolved("logit_normal")
-    path = FlowPath(shift=float(config.shift), timesteps=sampling)
+    path = FlowPath(shift=float(config.shift), timesteps=flow_sampling(timesteps))
     return DiTDenoiser(net=net, path=path, timestep_scale=float(config.num_train_timesteps))
 
 
@@ -143,6 +138,8 @@ SD3 = Family(
     pipelines=("StableDiffusion3Pipeline",),
     net="transformer",
     text=("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
+    optional=("text_encoder_3", "tokenizer_3"),
+    patch=2,
     lora_targets=(
         "attn.to_q",
         "attn.to_k",

@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffalign.errors import InputError
 
-def captured(net: Any, modules: Sequence[nn.Module], x_t: Float[Tensor, "b c h w"], **inputs: Any) -> list[Any]:
+
+def captured(net: Any, modules: Sequence[nn.Module], x_t: Float[Tensor, " b *rest"], **inputs: Any) -> list[Any]:
     """Outputs of `modules`, in their order, when the diffusers model `net` runs on `x_t`; nothing after them runs.
 
     Args:
@@ -45,6 +47,29 @@ def captured(net: Any, modules: Sequence[nn.Module], x_t: Float[Tensor, "b c h w
         type(net).forward(net, x_t, **wide)
     assert len(found) == len(modules), "every wanted module must be on the forward pass"
     return [found[place] for place in range(len(modules))]
+
+
+def first_blocks(net: Any, *, mid: bool, blocks: int | None) -> list[nn.Module]:
+    """The blocks of a transformer that count as its encoder, None for half of them.
+
+    Raises:
+        InputError: `mid` is set, or there are fewer blocks.
+    """
+    depth = len(net.transformer_blocks)
+    count = max(1, depth // 2) if blocks is None else blocks
+    if mid:
+        raise InputError("method.perception.mid must be false with a transformer, which has no middle block")
+    if not 1 <= count <= depth:
+        raise InputError(f"method.perception.blocks must be at most the transformer's {depth}, got {count}")
+    return list(net.transformer_blocks[:count])
+
+
+def token_maps(
+    tokens: Sequence[Float[Tensor, "b _n _d"]], x_t: Float[Tensor, "b c h w"], patch: int
+) -> list[Float[Tensor, "b _d _h _w"]]:
+    """Image tokens, row by row of squares of `patch` latents, as maps."""
+    h, w = (side // patch for side in x_t.shape[-2:])
+    return [level.transpose(1, 2).unflatten(2, (h, w)) for level in tokens]
 
 
 def join_levels(

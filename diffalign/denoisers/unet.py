@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from diffalign.denoisers.family import Family
+from diffalign.denoisers.family import PLAIN, Context, Family, ddpm_path
 from diffalign.denoisers.features import captured
 from diffalign.errors import InputError
 from diffalign.paths import DDPMPath, Prediction, TimestepSampling
@@ -43,25 +43,32 @@ class UNetDenoiser:
             InputError: `blocks` is set; the encoder of a U-Net is its whole down path.
             RuntimeError: Inputs or weights are narrower than float32.
         """
-        if blocks is not None:
-            raise InputError(
-                "method.perception.blocks must be left out with a U-Net, whose encoder is its whole down path; "
-                f"got {blocks}"
-            )
-        net: Any = self.net
-        modules = [net.conv_in, *net.down_blocks, *([net.mid_block] if mid else [])]
-        outputs = captured(net, modules, x_t, timestep=t, encoder_hidden_states=cond["prompt_embeds"])
-        return [out[0] if isinstance(out, tuple) else out for out in outputs]  # a down block also returns its skips
+        return encoder_maps(self.net, x_t, mid, blocks, timestep=t, encoder_hidden_states=cond["prompt_embeds"])
 
 
-def make_denoiser(net: nn.Module, scheduler: Mapping[str, Any], timesteps: TimestepSampling | None) -> UNetDenoiser:
+def encoder_maps(
+    net: Any, x_t: Float[Tensor, "b c h w"], mid: bool, blocks: int | None, **inputs: Any
+) -> list[Float[Tensor, "b _c _h _w"]]:
+    """Outputs of a U-Net's first convolution and of every down block, and with `mid` of the middle block too."""
+    if blocks is not None:
+        raise InputError(
+            "method.perception.blocks must be left out with a U-Net, whose encoder is its whole down path; "
+            f"got {blocks}"
+        )
+    modules = [net.conv_in, *net.down_blocks, *([net.mid_block] if mid else [])]
+    outputs = captured(net, modules, x_t, **inputs)
+    return [out[0] if isinstance(out, tuple) else out for out in outputs]  # a down block also returns its skips
+
+
+def make_denoiser(
+    net: nn.Module,
+    scheduler: Mapping[str, Any],
+    timesteps: TimestepSampling | None,
+    context: Context = PLAIN,
+) -> UNetDenoiser:
     """A denoiser whose path and prediction type come from the folder's scheduler config."""
-    from diffusers import DDPMScheduler
-
-    ddpm = DDPMScheduler.from_config(dict(scheduler))
-    sampling = (timesteps or TimestepSampling()).resolved("uniform")
-    path = DDPMPath(alpha_bar=ddpm.alphas_cumprod, timesteps=sampling)
-    return UNetDenoiser(net=net, path=path, prediction=ddpm.config.prediction_type)
+    path, prediction = ddpm_path("sd", scheduler, timesteps)
+    return UNetDenoiser(net=net, path=path, prediction=prediction)
 
 
 @torch.no_grad()
@@ -101,7 +108,6 @@ SD = Family(
     make_denoiser=make_denoiser,
     encode_prompts=encode_prompts,
     use_sampler=use_sampler,
-    call_options=lambda pipeline: {},
     save_lora=save_lora,
     steps=50,
     guidance=7.5,

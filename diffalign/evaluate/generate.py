@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.denoisers import Family
 from diffalign.errors import RunError
@@ -41,16 +41,8 @@ def prompt_seed(prompt: str, k: int) -> int:
     return int.from_bytes(digest[:8], "big") % 2**63
 
 
-def latent_shape(config: Any) -> tuple[int, int, int]:
-    """(channels, height, width) of the noise that a denoiser with this config starts from, at its native size."""
-    size = config["sample_size"]
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return config["in_channels"], height, width
-
-
-def initial_latents(net: nn.Module, seeds: Sequence[int]) -> Float[Tensor, "b c h w"]:
+def initial_latents(shape: tuple[int, int, int], seeds: Sequence[int]) -> Float[Tensor, "b c h w"]:
     """Standard normal noise of a denoiser's latent shape, float32, drawn on the CPU by one generator per seed."""
-    shape = latent_shape(net.config)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -81,6 +73,7 @@ def generate(
         )
 
 
+@torch.no_grad()
 def make_batch(
     pipeline: Any,
     family: Family,
@@ -97,15 +90,9 @@ def make_batch(
     """
     net = pipeline.components[family.net]
     seeds = [prompt_seed(prompts[i], k) for i, k in places]
-    latents = initial_latents(net, seeds)
-    images = pipeline(
-        prompt=[prompts[i] for i, _ in places],
-        latents=latents.to(net.device, net.dtype),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type="pt",
-        **family.call_options(pipeline),
-    ).images
+    latents = initial_latents(family.latent_shape(net.config), seeds)
+    noise = latents.to(net.device, net.dtype)
+    images = family.sample(pipeline, [prompts[i] for i, _ in places], noise, steps=steps, guidance=guidance)
     made = []
     for (i, k), seed, latent, image in zip(places, seeds, latents, images.float().cpu(), strict=True):
         if not image.isfinite().all():

@@ -13,11 +13,10 @@ from diffalign.data.prompts import PromptSet, read_prompts
 from diffalign.errors import InputError, near_match
 from diffalign.evaluate.arms import Arm
 from diffalign.evaluate.comparison import Judge
-from diffalign.evaluate.generate import latent_shape
 from diffalign.evaluate.results import ROLES, Role
 from diffalign.evaluate.score import IMAGES, read_image, score_images
 from diffalign.evaluate.store import JOURNALS, write_whole
-from diffalign.models.load import ModelSource, detect_family, load_net_config, load_vae_config
+from diffalign.models.load import ModelSource, detect_family, load_net_config, vae_factor
 from diffalign.types import Reward, SetReward
 
 PROMPTS_FILE = "prompts.jsonl"
@@ -93,8 +92,9 @@ def common_size(sources: Mapping[str, ModelSource]) -> tuple[int, int]:
     """(height, width) of the images, after the check that all arms start from noise of one shape."""
     shapes, sizes = {}, []
     for arm, source in sources.items():
-        channels, height, width = latent_shape(load_net_config(source, detect_family(source)))
-        factor = 2 ** (len(load_vae_config(source)["block_out_channels"]) - 1)
+        family = detect_family(source)
+        channels, height, width = family.latent_shape(load_net_config(source, family))
+        factor = vae_factor(source)
         shapes[arm] = (channels, height, width)
         sizes.append((height * factor, width * factor))
     if len(set(shapes.values())) > 1:

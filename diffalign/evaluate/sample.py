@@ -4,14 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from diffalign.data.prompts import read_prompts
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
 from diffalign.evaluate.arms import arm_source, base_source
-from diffalign.evaluate.generate import generate, latent_shape, save_images
+from diffalign.evaluate.generate import generate, save_images
 from diffalign.evaluate.preflight import pick_device
 from diffalign.evaluate.settings import batch_size
 from diffalign.models.load import ModelSource, detect_family, load_pipeline
+from diffalign.models.lora import fuse
 from diffalign.models.save import replacing
 from diffalign.progress import bar
 
@@ -62,7 +65,7 @@ def sample_to_folder(
         images_per_prompt=settings.images_per_prompt,
         steps=family.steps if settings.steps is None else settings.steps,
         guidance=family.guidance if settings.guidance is None else settings.guidance,
-        batch_size=batch_size(settings.batch_size, latent_shape(pipeline.components[family.net].config)),
+        batch_size=batch_size(settings.batch_size, family.latent_shape(pipeline.components[family.net].config)),
     )
     total = len(asked) * settings.images_per_prompt
     with bar("images", total) as shown:
@@ -76,7 +79,8 @@ def export_pipeline(source: ModelSource, folder: Path) -> None:
         raise InputError(f"output must be a new folder, got {str(folder)!r}, which exists")
     pipeline = load_pipeline(source)
     if source.lora is not None:
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                fuse(part)
     with replacing(folder) as fresh:
         pipeline.save_pretrained(fresh, safe_serialization=True)

@@ -1,5 +1,6 @@
 """The steps of an evaluation, between what was asked for and its results."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from diffalign.evaluate import preflight, sets, sweep
 from diffalign.evaluate.arms import Aligned, Arm, find_arms
 from diffalign.evaluate.comparison import Judge, compare, ratings
 from diffalign.evaluate.examine import Examiner, encoder_of
-from diffalign.evaluate.generate import latent_shape
 from diffalign.evaluate.images import Plan, Studio, check_pairs, plan_of, take_over, write_metadata
 from diffalign.evaluate.judging import score_rows
 from diffalign.evaluate.processes import Processes, own_device
@@ -194,7 +194,7 @@ class Work:
             return about | {"source": None, "images": str(arm.images), "scheduler": {"class": "finished images"}}
         pipeline = load_pipeline(arm.source, only=())
         detect_family(arm.source).use_sampler(pipeline)
-        config = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+        config = {k: _as_json(v) for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
         scheduler = {"class": type(pipeline.scheduler).__name__, **config}
         return about | {"source": asdict(arm.source), "images": None, "scheduler": scheduler}
 
@@ -223,7 +223,7 @@ def prepare(
         first = next(iter(models.values()))
         family = detect_family(first)
         sampling = sampling_of(settings, family, size, device.type)
-        batch = batch_size(settings.batch_size, latent_shape(load_net_config(first, family)))
+        batch = batch_size(settings.batch_size, family.latent_shape(load_net_config(first, family)))
     preflight.rehearse(plugins, asked, size)
     sets.prepare(of_sets, settings.reference, device)
     named = None if settings.encoder is None else load_encoder(settings.encoder)
@@ -259,3 +259,8 @@ def quick(prompts: PromptSet) -> PromptSet:
     """The quick tier's prompts of a set."""
     labels = preflight.labels_of(prompts)
     return quick_rows(prompts, next(iter(labels.values()), None))
+
+
+def _as_json(value: Any) -> Any:
+    """A scheduler's entry; DPM-Solver's bound of minus infinity becomes text, which JSON has."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from diffalign.denoisers import FAMILIES, Family
+from diffalign.denoisers import FAMILIES, Context, Family
 from diffalign.errors import InputError
 from diffalign.progress import loading
 from diffalign.shipped import MODELS, resolve
@@ -63,10 +63,16 @@ def pipeline_index(source: ModelSource) -> dict[str, Any]:
 
 
 def detect_family(source: ModelSource) -> Family:
-    """The family of a pipeline, by the class that its `model_index.json` names."""
-    name = pipeline_index(source).get("_class_name")
+    """The family of a pipeline, by the class that its `model_index.json` names.
+
+    Raises:
+        InputError: No family knows the class, or a component is not there.
+    """
+    index = pipeline_index(source)
+    name = index.get("_class_name")
     for family in FAMILIES.values():
         if name in family.pipelines:
+            _check_components(family, index, source.path)
             return family
     known = ", ".join(f"{f.name} ({', '.join(f.pipelines)})" for f in FAMILIES.values())
     raise InputError(f"model.path must be a pipeline of a known family, got {name!r}; known families: {known}")
@@ -104,7 +110,7 @@ def load_pipeline(source: ModelSource, *, only: Sequence[str] | None = None, net
             **({"requires_safety_checker": False} if "requires_safety_checker" in index else {}),
         )
     if net is None and source.lora is not None and family.net in wanted:
-        load_lora_into(pipeline, source.lora)
+        load_lora_into(pipeline, family, source.lora)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module) and component is not net:
             component.eval().requires_grad_(False)
@@ -112,8 +118,8 @@ def load_pipeline(source: ModelSource, *, only: Sequence[str] | None = None, net
     return pipeline
 
 
-def load_lora_into(pipeline: Any, path: str, *, adapter: str | None = None) -> None:
-    """Adds a LoRA (folder, file or hub id) to a pipeline, by the pipeline's own loader.
+def load_lora_into(pipeline: Any, family: Family, path: str, *, adapter: str | None = None) -> None:
+    """Adds a LoRA (folder, file or hub id) to a pipeline, as its family loads it.
 
     Raises:
         InputError: It is a pickle, it cannot be read, or it adapts a text encoder that the pipeline does not hold.
@@ -126,13 +132,13 @@ def load_lora_into(pipeline: Any, path: str, *, adapter: str | None = None) -> N
         raise InputError(f"model.lora must hold a .safetensors file, got {path!r} with none")
     with _one_line("model.lora", path):
         if file is None:
-            pipeline.load_lora_weights(path, adapter_name=adapter)
+            family.load_lora(pipeline, path, None, adapter)
             return
         with safe_open(file, framework="pt") as content:
             foreign = [k for k in content.keys() if k.startswith(("text_encoder", "lora_te"))]
         if foreign and pipeline.components.get("text_encoder") is None:
             raise InputError(f"model.lora must adapt the denoiser only, got {path!r} with {foreign[0]!r}")
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=adapter)
+        family.load_lora(pipeline, str(file.parent), file.name, adapter)
 
 
 def load_net(source: ModelSource, family: Family) -> nn.Module:
@@ -178,6 +184,39 @@ def load_net_config(source: ModelSource, family: Family) -> dict[str, Any]:
         return dict(cls.load_config(path, subfolder=family.net, revision=source.revision))
 
 
+def vae_factor(source: ModelSource) -> int:
+    """Pixels of an image per latent, along a side."""
+    return int(2 ** (len(load_vae_config(source)["block_out_channels"]) - 1))
+
+
+def native_resolution(source: ModelSource, family: Family) -> int:
+    """Side in pixels that the model was made for."""
+    return family.latent_shape(load_net_config(source, family))[1] * vae_factor(source)
+
+
+def load_context(
+    source: ModelSource, family: Family, *, resolution: int | None = None, guidance: float | None = None
+) -> Context:
+    """What the denoiser is told of images of this side, in pixels; None is the side that the model was made for.
+
+    Raises:
+        InputError: The side is no whole number of tokens, or a guidance is given to a network that is told none.
+    """
+    if guidance is not None and not family.told_guidance:
+        raise InputError(
+            f"config.train.guidance must be left out with the family {family.name!r}, whose network is told none; "
+            f"got {guidance}"
+        )
+    factor = vae_factor(source)
+    side = resolution or native_resolution(source, family)
+    if side % (factor * family.patch):
+        token = f", {factor} pixels a latent and {family.patch} latents a token" if family.patch > 1 else ""
+        raise InputError(
+            f"config.data.resolution must be a multiple of {factor * family.patch} with this model{token}; got {side}"
+        )
+    return Context(vae_factor=factor, resolution=side, guidance=guidance)
+
+
 def load_scheduler_config(source: ModelSource) -> dict[str, Any]:
     """The folder's scheduler config."""
     from diffusers import DDPMScheduler
@@ -197,6 +236,16 @@ def _component(cls: Any, source: ModelSource, path: str, subfolder: str | None, 
             dtype=torch.float32,
         )  # fmt: skip
     return net.eval().requires_grad_(False)
+
+
+def _check_components(family: Family, index: dict[str, Any], path: str) -> None:
+    for name in ("vae", "scheduler", family.net, *family.text):
+        found = index.get(name)
+        if name not in family.optional and (not isinstance(found, list) or found[0] is None):
+            raise InputError(
+                f"model.path must have the component {name!r} of the family {family.name!r}, got {path!r}, whose "
+                "model_index.json has none"
+            )
 
 
 def _check_folder(folder: Path, index: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from diffalign.denoisers import Family
 from diffalign.errors import InputError
 from diffalign.paths import NoisePath, Prediction
 from diffalign.types import Cond, Encoder
@@ -61,11 +62,40 @@ def add_lora(net: Any, settings: LoraSettings, targets: tuple[str, ...], *, seed
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net.add_adapter(config, adapter_name=POLICY)
+        _inject(net, config, POLICY)
     cast_training_params(net, torch.float32)
 
 
-def start_from_lora(pipeline: Any, net: Any, path: str, settings: LoraSettings) -> None:
+def _inject(net: Any, config: Any, name: str) -> None:
+    """Adds an adapter and makes it the active one, also to networks that Diffusers gave no such method."""
+    from diffusers.loaders import PeftAdapterMixin
+    from peft import inject_adapter_in_model
+
+    if isinstance(net, PeftAdapterMixin):
+        net.add_adapter(config, adapter_name=name)
+        return
+    inject_adapter_in_model(config, net, adapter_name=name)
+    activate(net, name)
+
+
+def activate(net: nn.Module, name: str) -> None:
+    """Puts one of a network's adapters in use."""
+    for layer in adapter_layers(net):
+        layer.set_adapter(name)
+
+
+def fuse(net: nn.Module) -> None:
+    """Adds a network's adapters to its weights and takes the adapted layers away."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for name, layer in adapted:
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(net.get_submodule(parent), child, layer.get_base_layer())
+
+
+def start_from_lora(pipeline: Any, net: Any, family: Family, path: str, settings: LoraSettings) -> None:
     """Loads a LoRA twice: as the adapter to train, and as the frozen reference.
 
     Args:
@@ -81,14 +111,14 @@ def start_from_lora(pipeline: Any, net: Any, path: str, settings: LoraSettings) 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two adapters are what we want
         for name in (REFERENCE, POLICY):
-            load_lora_into(pipeline, path, adapter=name)
+            load_lora_into(pipeline, family, path, adapter=name)
     config = net.peft_config[POLICY]
     if config.r != settings.rank or settings.alpha not in (None, config.lora_alpha):
         raise InputError(
             f"lora.rank and .alpha must equal those of model.lora ({config.r}, {config.lora_alpha}), "
             f"got {settings.rank}, {settings.alpha}"
         )
-    net.set_adapter(POLICY)
+    activate(net, POLICY)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_("lora_" in name and f".{POLICY}." in name)
     cast_training_params(net, torch.float32)
@@ -102,8 +132,8 @@ def add_reference(net: Any) -> None:
     if REFERENCE not in net.peft_config:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            net.add_adapter(net.peft_config[POLICY], adapter_name=REFERENCE)
-        net.set_adapter(POLICY)
+            _inject(net, net.peft_config[POLICY], REFERENCE)
+        activate(net, POLICY)
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(name in trained)
         cast_training_params(net, torch.float32)

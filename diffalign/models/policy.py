@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from diffalign.denoisers import Family
-from diffalign.models.load import ModelSource, load_net, load_pipeline, load_scheduler_config
+from diffalign.denoisers import Context, Family
+from diffalign.models.load import ModelSource, load_context, load_net, load_pipeline, load_scheduler_config
 from diffalign.models.lora import (
     LoraSettings,
     adapter_reference,
@@ -24,23 +24,33 @@ from diffalign.types import Denoiser
 
 
 def load_policy(
-    source: ModelSource, family: Family, timesteps: TimestepSampling | None, *, lora: LoraSettings | None, seed: int
+    source: ModelSource,
+    family: Family,
+    timesteps: TimestepSampling | None,
+    *,
+    lora: LoraSettings | None,
+    seed: int,
+    context: Context | None = None,
 ) -> Any:
     """The denoiser to train: its parameters that require gradient are the adapter's, or all without `lora`.
 
     Networks stay in eval mode: no dropout, so that policy and reference are the same function of the same weights.
+
+    Args:
+        context: None is that of images of the model's own size.
     """
     if source.lora is not None and lora is not None:
         pipeline = load_pipeline(replace(source, lora=None), only=(family.net,))
         net = pipeline.components[family.net]
-        start_from_lora(pipeline, net, source.lora, lora)
+        start_from_lora(pipeline, net, family, source.lora, lora)
     else:
         net = load_net(source, family)
         if lora is not None:
             add_lora(net, lora, family.lora_targets, seed=seed)
         else:
             net.requires_grad_(True)
-    return family.make_denoiser(net.eval(), load_scheduler_config(source), timesteps)
+    told = load_context(source, family) if context is None else context
+    return family.make_denoiser(net.eval(), load_scheduler_config(source), timesteps, told)
 
 
 @dataclass(frozen=True, kw_only=True)

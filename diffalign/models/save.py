@@ -11,8 +11,6 @@ from torch import nn
 from diffalign.denoisers import Family
 from diffalign.models.lora import POLICY, lora_state
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
 
 def export_lora(net: Any, family: Family, folder: Path) -> None:
     """Writes `pytorch_lora_weights.safetensors` with the adapter's metadata, without which alpha would be lost."""
