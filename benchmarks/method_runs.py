@@ -27,11 +27,12 @@ from benchmarks.shuffled_labels import shuffle_labels
 from benchmarks.step import peak_of
 from diffalign.assemble import Parts, assemble, claim_folder, make_accelerator, prepare_rows
 from diffalign.checkpoint import write_atomic
-from diffalign.config import dump, load
+from diffalign.config import dump, load, parse
 from diffalign.data.batches import Collator
 from diffalign.data.cache import Share
 from diffalign.data.prepare import vae_scale
 from diffalign.environment import describe
+from diffalign.errors import InputError
 from diffalign.logbook import Logbook
 from diffalign.models.load import detect_family, load_net
 from diffalign.settings import TrainConfig
@@ -149,8 +150,15 @@ def digest(table: Any) -> str:
 
 
 def is_current(cell: Cell, record: dict[str, Any]) -> bool:
-    """Whether a finished cell is one of the config as it is now."""
-    return record["digest"] == digest(cell.described())
+    """Whether a finished cell is one of the config as it is now; keys that came later had their default then."""
+    held = record["described"]
+    try:
+        then = dump(parse({**held["config"], "output": "-"}))
+    except InputError:  # a key that is no more
+        return False
+    then["data"].pop("cache")
+    del then["output"]
+    return {**held, "config": then} == cell.described()
 
 
 def read(file: Path) -> dict[str, Any] | None:

@@ -146,6 +146,18 @@ def test_three_seeds_have_a_narrower_interval_than_one(runs):
     assert widths[0] < 0.75 * widths[1]
 
 
+def test_a_run_from_before_a_key_was_there_is_still_one_of_its_default():
+    [cell] = cells("diffusion_dpo", seeds=(0,))
+    held = record(cell, 0.6)
+    del held["described"]["config"]["data"]["prompt_dropout"]
+    assert not method_runs.is_current(cell, held)  # the config says 0.1, the default is another
+    held = record(cell, 0.6)
+    del held["described"]["config"]["train"]["channels_last"]
+    assert method_runs.is_current(cell, held)
+    held["described"]["config"]["train"]["key_of_long_ago"] = 1
+    assert not method_runs.is_current(cell, held)
+
+
 def test_a_run_of_another_config_is_stale_and_made_again(runs, capsys):
     chosen = cells("diffusion_dpo", seeds=(0,))
     fill(chosen, {"diffusion_dpo": 0.7})
