@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffalign.cli_data import data_app
+from diffalign.cli_plan import plan
 from diffalign.cli_rewards import reference, serve_reward
 from diffalign.errors import InputError, RunError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command("serve-reward")(serve_reward)
 app.command("reference")(reference)
+app.command("plan")(plan)
 out = Console()
 COMMAND = sys.argv[1:]
 """What was typed, for a report to repeat."""
