@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from diffalign import attention, environment
 from diffalign import checkpoint as disk
-from diffalign import environment
 from diffalign.checks import REFERENCE_DECAY, method_name, reference_kind
 from diffalign.config import dump
 from diffalign.data.batches import Collator, Rows
@@ -65,6 +65,8 @@ class Parts:
     parameters: dict[str, torch.nn.Parameter]
     """What is trained, by name."""
     optimizer: Any
+    attention: str
+    """Kernel that attention runs on."""
     ema: Any | None
     collator: Collator
     held: Collator | None
@@ -107,6 +109,7 @@ def assemble(cfg: TrainConfig) -> Parts:
     check_batch(cfg, share.of)
     check_prompts(cfg, train_rows)
 
+    kernel = pick_attention(policy.net, cfg, accelerator)
     net = place_net(policy.net, cfg, accelerator, adapted=adapted)
     kind = reference_kind(cfg)
     reference = None if kind == "none" else make_reference(policy, adapted=adapted, moves=kind in ("ema", "pool"))
@@ -125,6 +128,7 @@ def assemble(cfg: TrainConfig) -> Parts:
         reference=reference,
         parameters=parameters,
         optimizer=optimizer,
+        attention=kernel,
         ema=ema,
         collator=collator,
         held=None if held_rows is None else replace(collator, rows=held_rows, prompt_dropout=0.0),
@@ -194,6 +198,7 @@ def claim_folder(parts: Parts) -> None:
         disk.write_atomic(parts.folder / "config.toml", to_toml(dump(parts.cfg)))
         about = {
             **environment.describe(parts.accelerator.device),
+            "attention": parts.attention,
             "processes": parts.accelerator.num_processes,
             "seed": parts.cfg.seed,
         }
@@ -249,6 +254,14 @@ def check_labels(rows: Rows, needs: Needs) -> None:
             f"data.path must have good and bad images for this method, got {good} good and {len(rows) - good} bad "
             "to train on"
         )
+
+
+def pick_attention(net: Any, cfg: TrainConfig, accelerator: Any) -> str:
+    """The kernel of attention that the config names, put into the network where it belongs there."""
+    dtype = {"no": "fp32"}.get(cfg.train.precision, cfg.train.precision)
+    chosen = attention.choose(cfg.train.attention, net, dtype, accelerator.device)
+    attention.install(net, chosen)
+    return chosen
 
 
 def place_net(net: Any, cfg: TrainConfig, accelerator: Any, *, adapted: bool) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from diffalign import card
+from diffalign import attention, card
 from diffalign import checkpoint as disk
 from diffalign.assemble import Parts, assemble, claim_folder, follow, state_of
 from diffalign.config import dump
@@ -51,7 +51,8 @@ def run(cfg: TrainConfig) -> RunResult:
     parts = assemble(cfg)
     claim_folder(parts)
     parts.accelerator.init_trackers("diffalign")
-    with Logbook(parts.folder / "metrics.jsonl", parts.accelerator, parts.metrics_offset) as book:
+    log_file = parts.folder / "metrics.jsonl"
+    with Logbook(log_file, parts.accelerator, parts.metrics_offset) as book, attention.used(parts.attention):
         train(parts, book)
     return export(parts)
 

@@ -15,7 +15,7 @@ LAYERS = [
     ("paths", "losses"),
     ("types",),
     ("denoisers", "sampling", "tiny"),
-    ("models", "checkpoint", "environment"),
+    ("models", "checkpoint", "environment", "attention"),
     ("methods", "rewards", "data", "workload"),
     ("evaluate", "fit", "validation", "logbook"),
     ("settings", "checks", "config"),
