@@ -16,7 +16,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _NARROW = frozenset(
     "linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul __matmul__ "
@@ -61,17 +61,29 @@ def net_bytes(net: nn.Module) -> int:
 
 
 def count_flop(work: Callable[[], Any]) -> int:
-    """FLOPs of a piece of work, with the formulas of fused attention on the CPU too, where PyTorch has none."""
-    aten = torch.ops.aten
-    formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *rest, **named: (
-            sdpa_backward_flop_count(g, q, k, v)
-        ),
-    }
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    """FLOPs of a piece of work, by PyTorch's formulas, with those of fused attention on the CPU, where it has none."""
+    with _Flops() as counter:
         work()
-    return counter.get_total_flops()
+    return counter.total
+
+
+class _Flops(TorchDispatchMode):
+    """Adds up FLOPs and holds nothing: PyTorch's own counter follows modules too, and so keeps tensors alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        aten, packet = torch.ops.aten, func._overloadpacket
+        if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+            self.total += sdpa_flop_count(*(x.shape for x in args[:3]))
+        elif packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.total += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
+        elif packet in flop_registry:
+            self.total += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class Memory(TorchDispatchMode):

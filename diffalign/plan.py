@@ -206,6 +206,16 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False) ->
     return replace(first, measured=measure(cfg, family, inputs)) if timed else first
 
 
+def remedy(cfg: TrainConfig) -> str:
+    """What to say when a run has run out of memory: the cheapest change that the plan, or else its order, names."""
+    change = plan(cfg).change
+    offered = [(keys, costs) for keys, costs, _ in leaner(cfg) if keys != ("data.encode_batch_size=1",)]
+    keys, costs = (change.overrides, change.costs) if change is not None else next(iter(offered), ((), ""))
+    if not keys:
+        return "no change that is known here needs less"
+    return f"the cheapest change is {' '.join(keys)} ({costs}); diffalign plan says what fits"
+
+
 def planned_device(cfg: TrainConfig, memory: int | None) -> Device:
     """The kind of device that a run is planned for: a GPU where one is here, asked for, or needed."""
     if cfg.train.device == "auto":

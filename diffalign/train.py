@@ -22,6 +22,7 @@ from diffalign.fit import NotFinite, StepReport, fit
 from diffalign.grids import save_grid
 from diffalign.logbook import Logbook
 from diffalign.models.save import export_full, export_lora
+from diffalign.plan import remedy
 from diffalign.progress import bar
 from diffalign.rounds import Phase, phases
 from diffalign.settings import OptimizerSettings, TrainConfig
@@ -53,7 +54,13 @@ def run(cfg: TrainConfig) -> RunResult:
     parts.accelerator.init_trackers("diffalign")
     log_file = parts.folder / "metrics.jsonl"
     with Logbook(log_file, parts.accelerator, parts.metrics_offset) as book, attention.used(parts.attention):
-        train(parts, book)
+        try:
+            train(parts, book)
+        except torch.OutOfMemoryError as error:
+            last = max(disk.checkpoints(parts.folder / "checkpoints"), default=0)
+            raise RunError(
+                f"{parts.accelerator.device} is out of memory after the checkpoint of step {last}; {remedy(cfg)}"
+            ) from error
     return export(parts)
 
 

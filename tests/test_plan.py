@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from diffalign.checks import reference_kind
 from diffalign.config import load, parse
 from diffalign.counting import Memory, autocast, count_flop, fake_mode, saved_bytes
 from diffalign.denoisers.unet import SD
-from diffalign.errors import InputError
+from diffalign.errors import InputError, RunError
 from diffalign.fit import fit
 from diffalign.leaner import leaner
 from diffalign.methods import METHODS
@@ -28,8 +29,11 @@ from diffalign.models.save import trainable
 from diffalign.plan import CONTEXT, GIB, SPARE, Plan, optimizer_bytes, parse_memory, plan, planned_device
 from diffalign.rehearsal import _batches, bare_net, encoding, rehearse
 from diffalign.strict import apply_override
+from diffalign.train import run
 from diffalign.workload import evaluations
+from tests import worlds
 from tests.builders import tiny_tokenizer
+from tests.test_train import config as run_config
 
 CONFIGS = sorted(f.stem for f in shipped.configs().glob("tiny_*.toml"))
 SD15_FLOP = 0.803e12
@@ -93,7 +97,7 @@ def config(model: Path, **changes: dict) -> dict:
         "lora": {"rank": 4},
     }
     for name, values in changes.items():
-        table[name] = {**table.get(name, {}), **values} if values else {}
+        table[name] = {**table.get(name, {}), **values}
     if table["train"].get("trainable") == "full":
         del table["lora"]
     return table
@@ -399,3 +403,15 @@ def test_no_speed_is_said_where_none_was_measured(tiny):
     rows = {row[0]: row[1] for row in cli_plan._work(found)}
     assert rows["time"] == "not measured"
     assert {f.name for f in dataclasses.fields(Plan)} <= set(found.table())
+
+
+def test_a_run_that_is_out_of_memory_says_the_cheapest_change(tmp_path, monkeypatch):
+    worlds.sd(tmp_path / "sd")
+    worlds.parquet(tmp_path / "pairs.parquet", worlds.preference_rows(8))
+
+    def full(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sys.modules["diffalign.train"], "take_steps", full)
+    with pytest.raises(RunError, match=r"cpu is out of memory .* the cheapest change is train.gradient_checkpointing="):
+        run(parse(run_config(tmp_path, tmp_path / "run")))
