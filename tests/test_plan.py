@@ -248,8 +248,8 @@ def test_changes_are_gathered_where_none_is_enough_and_nothing_is_promised_beyon
     cfg = parse(config(tiny, train={"device": "auto", "trainable": "full", "batch_size": 4}))
     *_, (_, _, last) = leaner(cfg, gathered=True)
     least = plan(last, memory=24 * GIB).memory.peak
-    change = plan(cfg, memory=room_for(least)).change
-    assert change.peak <= least
+    change = plan(cfg, memory=room_for(least * 21 // 20)).change
+    assert change.peak <= least * 21 // 20
     assert {"train.gradient_checkpointing=true", 'train.trainable="lora"'} <= set(change.overrides)
     assert plan(cfg, memory=room_for(least // 2)).change is None
 
