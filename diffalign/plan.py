@@ -198,7 +198,9 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False) ->
     available = device_memory(device) if memory is None else memory
 
     def of(config: TrainConfig) -> Plan:
-        return _plan(config, family, inputs, work, device, available)
+        same = config.data.encode_batch_size == cfg.data.encode_batch_size
+        own = inputs if same else encoding(config, family, pipeline_index(cfg.model, weights=False))
+        return _plan(config, family, own, work, device, available)
 
     first = of(cfg)
     if first.fits is False:
