@@ -11,19 +11,17 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.ours import Ours, Variant, encode
 from benchmarks.plain import Plain
 from benchmarks.worlds import SIZES, Sizes, World, build
 from diffalign.cli import quiet_libraries
+from diffalign.counting import count_flop, fake_mode, saved_bytes
 from diffalign.environment import describe
 from diffalign.progress import bar
 
@@ -62,24 +60,10 @@ def makers(world: World, device: torch.device) -> dict[str, Callable[[], Loop]]:
     return made
 
 
-def count_flop(work: Callable[[], Any]) -> int:
-    """FLOPs of a piece of work, with the formulas of fused attention on the CPU too, where PyTorch has none."""
-    aten = torch.ops.aten
-    formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *rest, **named: (
-            sdpa_backward_flop_count(g, q, k, v)
-        ),
-    }
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 def pinned_flop(sizes: Sizes) -> tuple[int, int]:
     """(one step of the plain loop, its VAE and text encoder alone), counted without computing anything."""
     plain = Plain(build(sizes, random=True), torch.device("cpu"))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_mode():
         return count_flop(plain.backward), count_flop(lambda: (plain.latents(), plain.embeddings()))
 
 
@@ -97,21 +81,6 @@ def time_in_turn(loops: dict[str, Loop], *, rounds: int, warmup: int, device: to
                     seconds[name].append(time.perf_counter() - begin)
                 shown.advance(note=name)
     return seconds
-
-
-@contextmanager
-def saved_bytes() -> Iterator[Callable[[], int]]:
-    """Counts the memory that autograd keeps for a backward pass: each storage once, parameters left out."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(storages.values())
 
 
 def measure_memory(world_name: str, loop_name: str, threads: int) -> dict[str, int]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from diffalign import attention, environment
 from diffalign import checkpoint as disk
-from diffalign import environment
-from diffalign.checks import REFERENCE_DECAY, method_name, reference_kind
+from diffalign.checks import REFERENCE_DECAY, context_of, method_name, reference_kind
 from diffalign.config import dump
 from diffalign.data.batches import Collator, Rows
 from diffalign.data.cache import Share
@@ -21,15 +21,14 @@ from diffalign.data.prepare import (
     CacheJob,
     Encoders,
     cached,
-    check_conditions,
     content_key,
     split_cached,
     split_live,
     vae_scale,
 )
-from diffalign.denoisers import Context, Family
+from diffalign.denoisers import Family
 from diffalign.errors import InputError
-from diffalign.models.load import detect_family, load_context
+from diffalign.models.load import detect_family
 from diffalign.models.policy import Reference, cast_frozen, load_policy, make_reference
 from diffalign.models.save import trainable
 from diffalign.settings import TrainConfig
@@ -65,6 +64,8 @@ class Parts:
     parameters: dict[str, torch.nn.Parameter]
     """What is trained, by name."""
     optimizer: Any
+    attention: str
+    """Kernel that attention runs on."""
     ema: Any | None
     collator: Collator
     held: Collator | None
@@ -109,6 +110,7 @@ def assemble(cfg: TrainConfig) -> Parts:
     check_batch(cfg, share.of)
     check_prompts(cfg, train_rows)
 
+    kernel = pick_attention(policy.net, cfg, accelerator)
     net = place_net(policy.net, cfg, accelerator, adapted=adapted)
     kind = reference_kind(cfg)
     reference = None if kind == "none" else make_reference(policy, adapted=adapted, moves=kind in ("ema", "pool"))
@@ -127,6 +129,7 @@ def assemble(cfg: TrainConfig) -> Parts:
         reference=reference,
         parameters=parameters,
         optimizer=optimizer,
+        attention=kernel,
         ema=ema,
         collator=collator,
         held=None if held_rows is None else replace(collator, rows=held_rows, prompt_dropout=0.0),
@@ -196,22 +199,13 @@ def claim_folder(parts: Parts) -> None:
         disk.write_atomic(parts.folder / "config.toml", to_toml(dump(parts.cfg)))
         about = {
             **environment.describe(parts.accelerator.device),
+            "attention": parts.attention,
             "processes": parts.accelerator.num_processes,
             "seed": parts.cfg.seed,
         }
         disk.write_atomic(parts.folder / "environment.json", json.dumps(about, indent=1))
         disk.drop_after(parts.folder / "checkpoints", parts.start)
     parts.accelerator.wait_for_everyone()
-
-
-def context_of(cfg: TrainConfig, family: Family) -> Context:
-    """What the denoiser is told beside prompts and t.
-
-    Raises:
-        InputError: The config asks for what the family does not have.
-    """
-    check_conditions(family, empty_prompt=cfg.data.empty_prompt, sizes=cfg.data.sizes)
-    return load_context(cfg.model, family, resolution=cfg.data.resolution, guidance=cfg.train.guidance)
 
 
 def prepare_rows(
@@ -262,6 +256,14 @@ def check_labels(rows: Rows, needs: Needs) -> None:
             f"data.path must have good and bad images for this method, got {good} good and {len(rows) - good} bad "
             "to train on"
         )
+
+
+def pick_attention(net: Any, cfg: TrainConfig, accelerator: Any) -> str:
+    """The kernel of attention that the config names, put into the network where it belongs there."""
+    dtype = {"no": "fp32"}.get(cfg.train.precision, cfg.train.precision)
+    chosen = attention.choose(cfg.train.attention, net, dtype, accelerator.device)
+    attention.install(net, chosen)
+    return chosen
 
 
 def place_net(net: Any, cfg: TrainConfig, accelerator: Any, *, adapted: bool) -> Any:

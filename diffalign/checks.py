@@ -1,7 +1,10 @@
 """What the sections of a run's config must not be together; every refusal says why."""
 
+from diffalign.data.prepare import check_conditions
+from diffalign.denoisers import Context, Family
 from diffalign.errors import InputError
 from diffalign.methods import METHODS
+from diffalign.models.load import load_context
 from diffalign.models.lora import LoraSettings
 from diffalign.settings import TrainConfig
 from diffalign.types import Method, ReferenceKind
@@ -135,3 +138,13 @@ def _check_sections(config: TrainConfig) -> None:
         )
     if config.checkpoint.best is not None and config.validation is None:
         raise InputError("config.checkpoint.best must be left out without [validation], which measures it")
+
+
+def context_of(config: TrainConfig, family: Family) -> Context:
+    """What the denoiser is told beside prompts and t.
+
+    Raises:
+        InputError: The config asks for what the family does not have.
+    """
+    check_conditions(family, empty_prompt=config.data.empty_prompt, sizes=config.data.sizes)
+    return load_context(config.model, family, resolution=config.data.resolution, guidance=config.train.guidance)

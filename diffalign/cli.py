@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffalign.cli_data import data_app
+from diffalign.cli_plan import plan
 from diffalign.cli_rewards import reference, serve_reward
 from diffalign.errors import InputError, RunError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.command("serve-reward")(serve_reward)
 app.command("reference")(reference)
+app.command("plan")(plan)
 out = Console()
 COMMAND = sys.argv[1:]
 """What was typed, for a report to repeat."""
@@ -235,7 +237,30 @@ def env() -> None:
             if missing
             else ", ".join(f"{p} {v}" for p, v in found.items()),
         )
+    for name, words in attention_rows(device):
+        table.add_row(f"attention {name}", words)
     out.print(table)
+
+
+def attention_rows(device: object) -> list[tuple[str, str]]:
+    """What every attention kernel does at the head dimensions of all families, forward and backward."""
+    import torch
+
+    from diffalign import attention
+
+    assert isinstance(device, torch.device), "attention_rows takes the device that env found"
+    dims = sorted({d for dims in attention.HEAD_DIMS.values() for d in dims})
+    rows = []
+    for name in attention.NAMES[1:]:
+        why = attention.missing(name, device)
+        if why is not None:
+            rows.append((name, f"no: {why}"))
+            continue
+        for dtype in attention.DTYPES:
+            trials = [attention.trial(name, d, dtype, device) for d in dims]
+            parts = [f"{t.head_dim}: {f'{t.seconds * 1e3:.1f} ms' if t.seconds else 'no'}" for t in trials]
+            rows.append((f"{name} {dtype}", ", ".join(parts)))
+    return rows
 
 
 @app.command(name="list")

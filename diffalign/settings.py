@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffalign.attention import Attention
 from diffalign.data.selfsampled import RoundSettings
 from diffalign.data.sources import PairSource
 from diffalign.models.load import ModelSource
@@ -61,6 +62,8 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
+    attention: Attention = "sdpa"
+    """Kernel of attention, the same for policy and reference; "auto" measures which is the quickest here."""
     max_grad_norm: float = 1.0
     ema_decay: float | None = None
     """Keep a moving average of the trained weights, and export it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from diffalign import card
+from diffalign import attention, card
 from diffalign import checkpoint as disk
 from diffalign.assemble import Parts, assemble, claim_folder, follow, state_of
 from diffalign.config import dump
@@ -22,6 +22,7 @@ from diffalign.fit import NotFinite, StepReport, fit
 from diffalign.grids import save_grid
 from diffalign.logbook import Logbook
 from diffalign.models.save import export_full, export_lora
+from diffalign.plan import remedy
 from diffalign.progress import bar
 from diffalign.rounds import Phase, phases
 from diffalign.settings import OptimizerSettings, TrainConfig
@@ -51,8 +52,15 @@ def run(cfg: TrainConfig) -> RunResult:
     parts = assemble(cfg)
     claim_folder(parts)
     parts.accelerator.init_trackers("diffalign")
-    with Logbook(parts.folder / "metrics.jsonl", parts.accelerator, parts.metrics_offset) as book:
-        train(parts, book)
+    log_file = parts.folder / "metrics.jsonl"
+    with Logbook(log_file, parts.accelerator, parts.metrics_offset) as book, attention.used(parts.attention):
+        try:
+            train(parts, book)
+        except torch.OutOfMemoryError as error:
+            last = max(disk.checkpoints(parts.folder / "checkpoints"), default=0)
+            raise RunError(
+                f"{parts.accelerator.device} is out of memory after the checkpoint of step {last}; {remedy(cfg)}"
+            ) from error
     return export(parts)
 
 

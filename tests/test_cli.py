@@ -243,6 +243,9 @@ def test_a_run_that_fails_ends_with_status_1(world, tmp_path, run, monkeypatch):
         (["serve-reward", "clipp"], "'clip'"),
         (["serve-reward", "oracle", "--option", "model"], "--option must have the form key=value, got 'model'"),
         (["serve-reward", "oracle", "--host", "203.0.113.1"], "must be free and of this machine, got 203.0.113.1:8100"),
+        (["plan", "tiny_sd_diffusion_dpo", "--memory", "lots"], "--memory must be a size such as 24GB, got 'lots'"),
+        (["plan", "no_such_config"], "config must be a file or a shipped name, got 'no_such_config'"),
+        (["plan", "tiny_sd_diffusion_dpo", "--json", "plan.txt"], "--json must be a .json file, got 'plan.txt'"),
         (["export", "{sd}/unet", "--out", "x"], "which goes on top of one; name it as base"),
     ],
 )
@@ -333,6 +336,7 @@ def test_the_command_line_has_not_changed():
         ),
         "export": ["base", "model", "out_dir"],
         "list": [],
+        "plan": ["config", "json_file", "memory", "overrides", "timed"],
         "sample": sorted([*made, "base", "model"]),
         "reference": ["device", "images", "option", "out_file", "reward"],
         "score": ["batch_size", "device", "images", "out_file", "prompts", "reward"],

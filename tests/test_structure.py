@@ -11,20 +11,21 @@ import diffalign
 
 PACKAGE = Path(diffalign.__file__).parent
 LAYERS = [
-    ("errors", "shipped", "_torchvision", "progress", "rng", "strict"),
+    ("errors", "shipped", "_torchvision", "progress", "rng", "strict", "counting"),
     ("paths", "losses"),
     ("types",),
     ("denoisers", "sampling", "tiny"),
-    ("models", "checkpoint", "environment"),
-    ("methods", "rewards", "data"),
+    ("models", "checkpoint", "environment", "attention"),
+    ("methods", "rewards", "data", "workload"),
     ("evaluate", "fit", "validation", "logbook"),
     ("settings", "checks", "config"),
     ("card", "grids", "assemble"),
+    ("leaner", "rehearsal", "plan"),
     ("pool",),
     ("rounds",),
     ("train",),
     ("api",),
-    ("cli", "cli_data", "cli_rewards", "tiny makers"),
+    ("cli", "cli_data", "cli_plan", "cli_rewards", "tiny makers"),
 ]
 """Lowest first; a module may import from its own layer and from those below."""
 

@@ -40,8 +40,11 @@ class ModelSource:
     """Folder or file of a LoRA to start from; base and LoRA together are the reference too."""
 
 
-def pipeline_index(source: ModelSource) -> dict[str, Any]:
+def pipeline_index(source: ModelSource, *, weights: bool = True) -> dict[str, Any]:
     """Components of the pipeline by name, as its `model_index.json` lists them.
+
+    Args:
+        weights: A folder must hold the weights of its components.
 
     Raises:
         InputError: No such folder or repository, a pickle checkpoint, or a folder with a part missing.
@@ -57,18 +60,18 @@ def pipeline_index(source: ModelSource) -> dict[str, Any]:
         )
     with _one_line("model.path", path):
         index = DiffusionPipeline.load_config(path, revision=source.revision)
-    if Path(path).is_dir():
+    if weights and Path(path).is_dir():
         _check_folder(Path(path), index)
     return dict(index)
 
 
-def detect_family(source: ModelSource) -> Family:
+def detect_family(source: ModelSource, *, weights: bool = True) -> Family:
     """The family of a pipeline, by the class that its `model_index.json` names.
 
     Raises:
         InputError: No family knows the class, or a component is not there.
     """
-    index = pipeline_index(source)
+    index = pipeline_index(source, weights=weights)
     name = index.get("_class_name")
     for family in FAMILIES.values():
         if name in family.pipelines:

@@ -1,0 +1,51 @@
+"""Changes to a run that take less memory, in the order of what they cost: those that keep the result come first."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from diffalign.checks import check
+from diffalign.errors import InputError
+from diffalign.models.lora import LoraSettings
+from diffalign.settings import TrainConfig
+
+
+def leaner(cfg: TrainConfig, *, gathered: bool = False) -> Iterator[tuple[tuple[str, ...], str, TrainConfig]]:
+    """Changes that a config allows, the cheapest first, each from `cfg`, or `gathered` on top of each other.
+
+    Yields:
+        Keys as `diffalign train CONFIG` takes them, what the change costs, and the changed config.
+    """
+    for name in ("encode", "checkpointing", "batch", "lora", "bf16", "8bit"):
+        for overrides, costs, changed in _change(name, cfg, last=gathered):
+            try:
+                check(changed)
+            except InputError:
+                continue
+            yield overrides, costs, changed
+            if gathered:
+                cfg = changed
+
+
+def _change(name: str, cfg: TrainConfig, *, last: bool) -> Iterator[tuple[tuple[str, ...], str, TrainConfig]]:
+    t = cfg.train
+    if name == "encode" and cfg.data.encode_batch_size > 1:
+        data = replace(cfg.data, encode_batch_size=1)
+        yield ("data.encode_batch_size=1",), "a slower start", replace(cfg, data=data)
+    elif name == "checkpointing" and not t.gradient_checkpointing:
+        train = replace(t, gradient_checkpointing=True)
+        yield ("train.gradient_checkpointing=true",), "a second forward pass", replace(cfg, train=train)
+    elif name == "batch":
+        least = 2 if cfg.method.needs.batch_statistics else 1
+        sizes = [n for n in range(t.batch_size - 1, least - 1, -1) if t.batch_size % n == 0]
+        for size in sizes[-1:] if last else sizes:
+            more = t.accumulate * t.batch_size // size
+            keys = (f"train.batch_size={size}", f"train.accumulate={more}")
+            yield keys, "smaller batches, slower", replace(cfg, train=replace(t, batch_size=size, accumulate=more))
+    elif name == "lora" and t.trainable == "full":
+        train = replace(t, trainable="lora")
+        yield ('train.trainable="lora"',), "another model", replace(cfg, train=train, lora=LoraSettings())
+    elif name == "bf16" and t.precision == "no":
+        yield ('train.precision="bf16"',), "less exact margins", replace(cfg, train=replace(t, precision="bf16"))
+    elif name == "8bit" and cfg.optimizer.name == "adamw":
+        optimizer = replace(cfg.optimizer, name="adamw8bit")
+        yield ('optimizer.name="adamw8bit"',), "rounded moments", replace(cfg, optimizer=optimizer)

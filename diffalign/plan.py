@@ -1,0 +1,388 @@
+"""What a run will cost, before it runs: parameters, work, memory, disk, time; and what would make it fit.
+
+FLOPs and bytes are counted on the networks of the model's own configs, without weights (`rehearsal`). Memory of a
+device is what stays (weights, adapters, optimizer states) and the most that a step holds at a time beside it: saved
+activations, gradients and what kernels need for a moment overlap, so their sum is never reached. Seconds are only
+said where a step was measured.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from diffalign.checks import context_of, method_name, reference_kind
+from diffalign.data.pairs import PairReader
+from diffalign.denoisers import Family
+from diffalign.errors import InputError
+from diffalign.leaner import leaner
+from diffalign.models.load import detect_family, load_scheduler_config, pipeline_index
+from diffalign.rehearsal import (
+    Encoding,
+    Measured,
+    Rehearsal,
+    bare_net,
+    encoding,
+    measure,
+    need_device,
+    rehearse,
+)
+from diffalign.settings import TrainConfig
+from diffalign.shipped import DATASETS, MODELS, resolve
+from diffalign.workload import Evaluations, evaluations
+
+GIB = 2**30
+CONTEXT = GIB // 2
+"""What a GPU's driver and libraries take for themselves."""
+SPARE = 0.05
+"""Share of a device that is left free: allocators leave gaps."""
+STATES_8BIT = 4096
+"""bitsandbytes keeps the states of tensors smaller than this in float32."""
+BLOCK_8BIT = 256
+"""Elements that share one float32 scale of an 8-bit state."""
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryUse:
+    """Bytes on one device."""
+
+    weights: int
+    """Of the denoiser, in the type that they are stored in."""
+    adapters: int
+    second_network: int
+    """A frozen copy, as reference of a full fine-tuning."""
+    optimizer: int
+    ema: int
+    encoders: int
+    """VAE and text encoders, where there is no cache."""
+    activations: int
+    """Saved for the backward pass of one micro-batch."""
+    gradients: int
+    reference_forward: int
+    step: int
+    """Most at a time of activations, gradients and workspace, or of the reference's forward pass."""
+    building_cache: int
+    """All of the device while the cache is built; 0 without one."""
+
+    @property
+    def stays(self) -> int:
+        """What is there in every moment of training."""
+        return self.weights + self.adapters + self.second_network + self.optimizer + self.ema + self.encoders
+
+    @property
+    def workspace(self) -> int:
+        """What a step holds at its peak beyond its saved activations."""
+        return max(0, self.step - self.activations)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at a time."""
+        return max(self.stays + self.step, self.building_cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """FLOPs; a multiplication and an addition are two."""
+
+    per_unit: int
+    """Of one pair, or of one image for methods on single images."""
+    per_step: int
+    """Of an optimizer step on one device."""
+    encoding: int
+    """Building the cache once; without one it is in every step."""
+    total: int
+    """Of the run on one device, without pictures and validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """Bytes on disk."""
+
+    cache_per_row: int
+    """Moments of a row's images and conditions of its prompt, if no other row has the same; 0 without a cache."""
+    rows: int | None
+    """None where the data is not local, or streamed."""
+    checkpoint: int
+    kept_checkpoints: int
+    export: int
+
+    @property
+    def cache(self) -> int | None:
+        """At most; images and prompts that repeat are kept once."""
+        return None if self.rows is None else self.rows * self.cache_per_row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Keys to set so that the run fits."""
+
+    overrides: tuple[str, ...]
+    """As `diffalign train CONFIG` takes them."""
+    costs: str
+    peak: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that is known of a run before it runs."""
+
+    method: str
+    family: str
+    device: Device
+    unit: Literal["pair", "image"]
+    batch_size: int
+    """Per device and forward."""
+    accumulate: int
+    steps: int
+    work: Evaluations
+    rehearsal: Rehearsal
+    encoding: Encoding
+    flop: Work
+    memory: MemoryUse
+    disk: Disk
+    available: int | None
+    """Bytes of the device; None if it is not known."""
+    measured: Measured | None = None
+    change: Change | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """None where nobody said how much memory there is."""
+        return None if self.available is None else self.memory.peak <= usable(self.available, self.device)
+
+    @property
+    def seconds_a_step(self) -> float | None:
+        """From the measured micro-batch; None if none was."""
+        return None if self.measured is None else self.measured.seconds * self.accumulate
+
+    @property
+    def hours(self) -> float | None:
+        """Of all steps on one device."""
+        return None if self.seconds_a_step is None else self.seconds_a_step * self.steps / 3600
+
+    def table(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        found = asdict(self)
+        found["encoding"]["cond"] = {k: [list(s), str(d)] for k, (s, d) in self.encoding.cond.items()}
+        found["memory"] |= {name: getattr(self.memory, name) for name in ("stays", "workspace", "peak")}
+        found["disk"]["cache"] = self.disk.cache
+        del found["rehearsal"]["trained"]
+        return found | {"fits": self.fits, "seconds_a_step": self.seconds_a_step, "hours": self.hours}
+
+
+def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False) -> Plan:
+    """The plan of a run, and where it does not fit the cheapest change that would make it fit.
+
+    Args:
+        memory: Bytes of a GPU that is planned for; None takes this machine's device.
+        timed: Take three real steps on random weights on the device.
+
+    Raises:
+        InputError: The model's configs are not there, or the device to measure on is not.
+    """
+    device = planned_device(cfg, memory)
+    if timed:
+        need_device(cfg, device)
+    family = _family(cfg)
+    shell = bare_net(cfg, family)
+    denoiser = family.make_denoiser(shell, load_scheduler_config(cfg.model), cfg.timesteps, context_of(cfg, family))
+    work = evaluations(cfg.method, denoiser, reference=reference_kind(cfg) != "none")
+    inputs = encoding(cfg, family, pipeline_index(cfg.model, weights=False))
+    available = device_memory(device) if memory is None else memory
+
+    def of(config: TrainConfig) -> Plan:
+        same = config.data.encode_batch_size == cfg.data.encode_batch_size
+        own = inputs if same else encoding(config, family, pipeline_index(cfg.model, weights=False))
+        return _plan(config, family, own, work, device, available)
+
+    first = of(cfg)
+    if first.fits is False:
+        return replace(first, change=_cheapest(cfg, of))
+    return replace(first, measured=measure(cfg, family, inputs)) if timed else first
+
+
+def remedy(cfg: TrainConfig) -> str:
+    """What to say when a run has run out of memory: the cheapest change that the plan, or else its order, names."""
+    change = plan(cfg).change
+    offered = [(keys, costs) for keys, costs, _ in leaner(cfg) if keys != ("data.encode_batch_size=1",)]
+    keys, costs = (change.overrides, change.costs) if change is not None else next(iter(offered), ((), ""))
+    if not keys:
+        return "no change that is known here needs less"
+    return f"the cheapest change is {' '.join(keys)} ({costs}); diffalign plan says what fits"
+
+
+def planned_device(cfg: TrainConfig, memory: int | None) -> Device:
+    """The kind of device that a run is planned for: a GPU where one is here, asked for, or needed."""
+    if cfg.train.device == "auto":
+        gpu = memory is not None or cfg.train.precision == "fp16" or torch.cuda.is_available()
+        return "cuda" if gpu else "cpu"
+    return cfg.train.device
+
+
+def device_memory(device: Device) -> int | None:
+    """Bytes of this machine's device; None for a GPU that is not here."""
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+
+
+def usable(available: int, device: Device) -> int:
+    """What a run may take of a device."""
+    return int(available * (1 - SPARE)) - (CONTEXT if device == "cuda" else 0)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "24GB": as graphics cards are sold, a GB is 2^30 bytes here.
+
+    Raises:
+        InputError: Anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB|G|M)\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise InputError(f"--memory must be a size such as 24GB, got {text!r}")
+    return int(float(match[1]) * (GIB if match[2].upper().startswith("G") else GIB // 1024))
+
+
+def optimizer_bytes(cfg: TrainConfig, trained: tuple[int, ...]) -> int:
+    """AdamW's two moments of tensors of these sizes, and its step counts."""
+    if cfg.optimizer.name == "adamw":
+        return sum(8 * n + 4 for n in trained)
+    small = sum(8 * n for n in trained if n < STATES_8BIT)
+    return small + sum(2 * n + 8 * math.ceil(n / BLOCK_8BIT) for n in trained if n >= STATES_8BIT)
+
+
+def _family(cfg: TrainConfig) -> Family:
+    try:
+        return detect_family(cfg.model, weights=False)
+    except InputError as error:
+        if Path(resolve(cfg.model.path, MODELS)).exists():
+            raise
+        raise InputError(
+            f"{error}; a plan needs the configs and tokenizers alone: hf download {cfg.model.path} "
+            "--include '*.json' '*.txt' 'tokenizer*/*'"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is known of the data without reading its images, or downloading anything."""
+
+    rows: int | None
+    images_a_row: int
+
+
+def _plan(
+    cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluations, device: Device, available: int | None
+) -> Plan:
+    r = rehearse(cfg, family, inputs, work, device=device)
+    source = _source(cfg)
+    return Plan(
+        method=method_name(cfg.method),
+        family=family.name,
+        device=device,
+        unit="pair" if cfg.method.needs.batches == "pairs" else "image",
+        batch_size=cfg.train.batch_size,
+        accumulate=cfg.train.accumulate,
+        steps=cfg.train.steps,
+        work=work,
+        rehearsal=r,
+        encoding=inputs,
+        flop=_flop(cfg, r, inputs, work, source),
+        memory=_memory(cfg, r, inputs, device),
+        disk=_disk(cfg, r, inputs, source),
+        available=available,
+    )
+
+
+def _flop(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, work: Evaluations, source: _Source) -> Work:
+    own = work.with_gradient * (r.forward + r.backward) + work.of_policy * r.forward
+    own += (work.without_gradient - work.of_policy) * r.reference
+    own += work.features_with_gradient * (r.features + r.features_backward)
+    own += work.features_without_gradient * r.features
+    once = 0
+    if cfg.data.cache is False:
+        own += (2 if cfg.method.needs.data == "pairs" else 1) * inputs.image_flop + inputs.prompt_flop
+    elif source.rows is not None:
+        images = source.images_a_row * cfg.data.variants
+        once = source.rows * (images * inputs.image_flop + inputs.prompt_flop)
+    units = cfg.train.batch_size * cfg.train.accumulate
+    total = once + cfg.train.steps * units * own
+    if cfg.rounds is not None:
+        total += _sampled(cfg, source.rows) * cfg.rounds.steps * (2 if cfg.rounds.guidance > 1 else 1) * r.reference
+    return Work(per_unit=round(own), per_step=round(units * own), encoding=once, total=round(total))
+
+
+def _sampled(cfg: TrainConfig, rows: int | None) -> int:
+    """Images that all rounds sample: one for every row that a round trains on."""
+    assert cfg.rounds is not None
+    drawn = cfg.train.steps // cfg.rounds.count * cfg.train.batch_size * cfg.train.accumulate
+    return cfg.rounds.count * (drawn if rows is None else min(rows, drawn))
+
+
+def _memory(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, device: Device) -> MemoryUse:
+    cached = cfg.data.cache is not False
+    beside = r.weights + r.adapters if device == "cpu" else 0  # the denoiser is loaded first, and moved last
+    return MemoryUse(
+        weights=r.weights,
+        adapters=r.adapters,
+        second_network=r.second,
+        optimizer=optimizer_bytes(cfg, r.trained),
+        ema=0 if cfg.train.ema_decay is None else 4 * r.trainable,
+        encoders=0 if cached else inputs.weights,
+        activations=r.saved,
+        gradients=4 * r.trainable,
+        reference_forward=r.reference_peak,
+        step=max(r.peak, r.reference_peak, 0 if cached else inputs.peak),
+        building_cache=inputs.weights + inputs.peak + beside if cached else 0,
+    )
+
+
+def _disk(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, source: _Source) -> Disk:
+    moments = 2 * math.prod(inputs.latent) * getattr(torch, cfg.data.cache_dtype).itemsize
+    images = source.images_a_row * cfg.data.variants
+    moves = reference_kind(cfg) == "ema"
+    kept = 1 + (cfg.train.ema_decay is not None) + moves
+    one = 4 * r.trainable * kept + optimizer_bytes(cfg, r.trained)
+    full = cfg.train.trainable == "full"
+    width = getattr(torch, cfg.export.dtype).itemsize if full else 4
+    return Disk(
+        cache_per_row=0 if cfg.data.cache is False else images * moments + inputs.prompt_bytes,
+        rows=source.rows,
+        checkpoint=one,
+        kept_checkpoints=one * (cfg.checkpoint.keep_last + (cfg.checkpoint.best is not None)),
+        export=r.trainable * width,
+    )
+
+
+def _source(cfg: TrainConfig) -> _Source:
+    if cfg.data.streaming or not Path(resolve(cfg.data.path, DATASETS)).exists():
+        return _Source(None, 2)
+    reader = PairReader(cfg.data)
+    return _Source(len(reader), 2 if reader.paired else 1)
+
+
+def _cheapest(cfg: TrainConfig, of: Callable[[TrainConfig], Plan]) -> Change | None:
+    """The first change, by what it costs, that makes a run fit; all of them together if none does alone."""
+    least: TrainConfig = cfg
+    together: list[tuple[str, ...]] = []
+    reasons: list[str] = []
+    for overrides, costs, config in leaner(cfg):
+        found = of(config)
+        if found.fits:
+            return Change(overrides=overrides, costs=costs, peak=found.memory.peak)
+    for overrides, costs, config in leaner(cfg, gathered=True):
+        least = config
+        together.append(overrides)
+        reasons.append(costs)
+        found = of(least)
+        if found.fits:
+            words = tuple(word for part in together for word in part)
+            return Change(overrides=words, costs="; ".join(reasons), peak=found.memory.peak)
+    return None
