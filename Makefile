@@ -1,8 +1,10 @@
 # make demo, make test, make lint, make bench: everything else is `diffalign --help`.
-# PIP_ARGS= reaches pip, for another index or for wheels on disk; VENV= and PYTHON= choose where and with what.
+# PIP_ARGS= reaches pip, for another index or for wheels on disk; VENV= and PYTHON= choose where and with what; JOBS= how many
+# processes test.
 VENV ?= .venv
 PYTHON ?= python3
 PIP_ARGS ?=
+JOBS ?= 2
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
@@ -29,11 +31,12 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+# one thread a process: two that fight for the same cores are slower than one
 test: install-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: install-dev
-	$(BIN)/python -m pytest -m slow --override-ini addopts="--strict-markers -q"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow --override-ini addopts="--strict-markers -q"
 
 lint: install-dev
 	$(BIN)/ruff format --check .
