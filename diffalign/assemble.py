@@ -213,6 +213,8 @@ def prepare_rows(
 ) -> tuple[Rows, Rows | None, Counts]:
     """Rows to train on and rows held out, from the cache or encoded as they are asked for."""
     data, needs = cfg.data, cfg.method.needs
+    if needs.data == "prompts":
+        raise ValueError("cfg.method must train on images of the data to have rows, got one that makes its own")
     reader = PairReader(data, bad_images=needs.data == "labelled")
     reader.check_fits(needs.data, scores=needs.scores, swapped=data.swap_labels)
     prep = Preprocessing(

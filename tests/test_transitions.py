@@ -38,7 +38,8 @@ from diffalign.sampling.schedule import (
     ve_schedule,
     vp_schedule,
 )
-from diffalign.sampling.transitions import Transition, kl_divergence, log_prob
+from diffalign.sampling.transitions import kl_divergence, log_prob
+from diffalign.types import Transition
 from tests.toys import sd_alpha_bar
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

@@ -21,7 +21,8 @@ from torch import Tensor
 from diffalign.errors import InputError, near_match
 from diffalign.paths import broadcast
 from diffalign.sampling.schedule import Kind, Schedule, Step, flow_schedule
-from diffalign.sampling.transitions import Form, Move, Reduction, Transition, log_prob, posterior
+from diffalign.sampling.transitions import Form, Move, Reduction, log_prob, posterior
+from diffalign.types import Transition
 
 Samples = Float[Tensor, " b *rest"]
 

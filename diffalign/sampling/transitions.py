@@ -17,7 +17,7 @@ from torch import Tensor
 from diffalign.errors import InputError
 from diffalign.paths import DDPMPath, broadcast
 from diffalign.sampling.schedule import Step
-from diffalign.types import Cond, Denoiser
+from diffalign.types import Cond, Denoiser, Transition
 
 LEAST_VARIANCE = 1e-20
 
@@ -26,19 +26,6 @@ Reduction = Literal["mean", "sum"]
 
 Form = Literal["normal", "scaled_sq"]
 """The normal density; or minus the square of x_s - mean, without 1 / (2 std^2) and constants, as CPS was published."""
-
-
-@dataclass(frozen=True)
-class Transition:
-    """p(x_s | x_t) = N(mean, std^2)."""
-
-    mean: Float[Tensor, " b *rest"]
-    std: Float[Tensor, " b"]
-    """Total standard deviation, square root of the step's length included; it never depends on the network."""
-
-    def sample(self, noise: Float[Tensor, " b *rest"]) -> Float[Tensor, " b *rest"]:
-        """mean + std noise."""
-        return self.mean + broadcast(self.std, noise) * noise
 
 
 Move = Callable[[Tensor, Tensor, Step], Transition]

@@ -1,17 +1,23 @@
 """The contracts that every part shares: of batches, denoisers and methods, of rollouts, of rewards and encoders."""
 
+from diffalign.types.batches import Batch as Batch
+from diffalign.types.batches import ImageBatch as ImageBatch
+from diffalign.types.batches import PairBatch as PairBatch
+from diffalign.types.batches import TransitionBatch as TransitionBatch
+from diffalign.types.batches import TransitionPairs as TransitionPairs
+from diffalign.types.denoisers import Cond as Cond
+from diffalign.types.denoisers import Denoiser as Denoiser
+from diffalign.types.denoisers import Encoder as Encoder
 from diffalign.types.methods import ALONE as ALONE
-from diffalign.types.methods import Batch as Batch
-from diffalign.types.methods import Cond as Cond
-from diffalign.types.methods import Denoiser as Denoiser
-from diffalign.types.methods import Encoder as Encoder
-from diffalign.types.methods import ImageBatch as ImageBatch
+from diffalign.types.methods import Items as Items
 from diffalign.types.methods import Method as Method
 from diffalign.types.methods import Needs as Needs
-from diffalign.types.methods import PairBatch as PairBatch
+from diffalign.types.methods import OnlineMethod as OnlineMethod
 from diffalign.types.methods import ReferenceKind as ReferenceKind
 from diffalign.types.methods import Replay as Replay
 from diffalign.types.methods import RunningMean as RunningMean
+from diffalign.types.methods import Scored as Scored
+from diffalign.types.methods import Selection as Selection
 from diffalign.types.methods import Shared as Shared
 from diffalign.types.methods import StepLoss as StepLoss
 from diffalign.types.methods import alone as alone
@@ -27,3 +33,5 @@ from diffalign.types.rewards import RewardOutput as RewardOutput
 from diffalign.types.rewards import SetOutput as SetOutput
 from diffalign.types.rewards import SetReward as SetReward
 from diffalign.types.rollouts import Trajectory as Trajectory
+from diffalign.types.rollouts import Transition as Transition
+from diffalign.types.rollouts import Walk as Walk

@@ -1,103 +1,17 @@
-"""Batches, what a method returns; what a denoiser and a method are."""
+"""What a method needs, what it is called with and what it returns."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from diffalign.paths import NoisePath, Prediction
 from diffalign.rng import SampleRng
-
-
-@dataclass(frozen=True)
-class Cond:
-    """What a denoiser is conditioned on: named, batch-first tensors. Only a family's own code knows the names."""
-
-    tensors: Mapping[str, Shaped[Tensor, " b *rest"]]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def repeat(self, times: int) -> "Cond":
-        """The whole batch `times` times, one after the other: [w1, w2] -> [w1, w2, w1, w2]."""
-        return Cond({k: v.repeat(times, *[1] * (v.dim() - 1)) for k, v in self.tensors.items()})
-
-    def rows(self, index: Tensor | slice) -> "Cond":
-        return Cond({k: v[index] for k, v in self.tensors.items()})
-
-    def to(self, device: torch.device | str) -> "Cond":
-        return Cond({k: v.to(device, non_blocking=True) for k, v in self.tensors.items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairBatch:
-    """Pairs that share a prompt: clean latents of winner and loser, scaled as the denoiser takes them."""
-
-    x_w: Float[Tensor, "b c h w"]
-    x_l: Float[Tensor, "b c h w"]
-    cond: Cond
-    samples: tuple[int, ...]
-    """Number of each pair in the run's stream, from which its random numbers are derived."""
-    score_w: Float[Tensor, " b"] | None = None
-    """Scores of the winners by some judge, from the data's score columns."""
-    score_l: Float[Tensor, " b"] | None = None
-    """Scores of the losers by the same judge."""
-
-    def __len__(self) -> int:
-        return len(self.x_w)
-
-    def to(self, device: torch.device | str) -> "PairBatch":
-        return replace(
-            self,
-            x_w=self.x_w.to(device, non_blocking=True),
-            x_l=self.x_l.to(device, non_blocking=True),
-            cond=self.cond.to(device),
-            score_w=None if self.score_w is None else self.score_w.to(device, non_blocking=True),
-            score_l=None if self.score_l is None else self.score_l.to(device, non_blocking=True),
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything in the batch by name, to keep a batch aside."""
-        named = {"x_w": self.x_w, "x_l": self.x_l, "score_w": self.score_w, "score_l": self.score_l}
-        return {**{k: v for k, v in named.items() if v is not None}, **_common(self.samples, self.cond)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageBatch:
-    """Single images with their prompts: clean latents, scaled as the denoiser takes them."""
-
-    x_0: Float[Tensor, "b c h w"]
-    cond: Cond
-    samples: tuple[int, ...]
-    """Number of each image in the run's stream, from which its random numbers are derived."""
-    label: Float[Tensor, " b"] | None = None
-    """+1 for a good image, -1 for a bad one, where the data is labelled."""
-
-    def __len__(self) -> int:
-        return len(self.x_0)
-
-    def to(self, device: torch.device | str) -> "ImageBatch":
-        return replace(
-            self,
-            x_0=self.x_0.to(device, non_blocking=True),
-            cond=self.cond.to(device),
-            label=None if self.label is None else self.label.to(device, non_blocking=True),
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything in the batch by name, to keep a batch aside."""
-        label = {} if self.label is None else {"label": self.label}
-        return {"x_0": self.x_0, **label, **_common(self.samples, self.cond)}
-
-
-Batch = PairBatch | ImageBatch
-
-
-def _common(samples: tuple[int, ...], cond: Cond) -> dict[str, Tensor]:
-    return {"samples": torch.tensor(samples), **{f"cond.{k}": v for k, v in cond.tensors.items()}}
+from diffalign.types.batches import Batch
+from diffalign.types.denoisers import Denoiser
+from diffalign.types.rewards import Embedded, SetReward
 
 
 def alone(total: Tensor) -> Tensor:
@@ -135,6 +49,8 @@ class Shared:
     """Of all implicit rewards before this micro-batch, winners and losers alike; for links that ask for it."""
     reduce: Callable[[Tensor], Tensor] = alone
     """Sum over processes, without gradient."""
+    old: Denoiser | None = None
+    """The policy that made the round's images, where the method asks for it."""
 
 
 ALONE = Shared()
@@ -156,6 +72,9 @@ class StepLoss:
 ReferenceKind = Literal["none", "start", "ema", "pool"]
 """No reference; the policy as it started; a moving average of the policy; an earlier checkpoint of it."""
 
+Items = Literal["transitions", "transition_pairs", "images", "pairs", "labelled"]
+"""What a method makes of a round of its own images: their moves, moves of pairs of them, the images or pairs."""
+
 Replay = Literal["uniform", "last", "first"]
 """Which of the policies before a round is its reference."""
 
@@ -164,8 +83,8 @@ Replay = Literal["uniform", "last", "first"]
 class Needs:
     """What a method must be given; whatever is against it is an error before anything runs."""
 
-    data: Literal["pairs", "images", "labelled"]
-    """Winner and loser; winners alone; or single images, each good or bad."""
+    data: Literal["pairs", "images", "labelled", "prompts"]
+    """Winner and loser; winners alone; single images, each good or bad; or prompts alone."""
     references: tuple[ReferenceKind, ...] = ("start",)
     """What the policy may be measured against, the method's own choice first."""
     scores: bool = False
@@ -176,48 +95,23 @@ class Needs:
     """A mean over the micro-batch of all processes enters the loss, so that needs two samples or more."""
     replay: Replay | None = None
     """Training goes in rounds: the loser is an image that the round's reference samples for the winner's prompt."""
+    items: Items | None = None
+    """Of a method that takes prompts: what it is called with."""
+    group_at_least: int = 1
+    """Images of one prompt without which there is nothing to compare."""
+    whole_groups: bool = False
+    """All images of a prompt must be in one micro-batch."""
+    old: bool = False
+    """The policy that made the round's images is called in training too, and follows the trained one slowly."""
+    mean_old: bool = False
+    """Moves come with the mean of the policy that made them."""
 
     @property
     def batches(self) -> Literal["pairs", "images", "labelled"]:
-        """What the method is called with: the data's own kind, or winners that rounds have joined to losers."""
+        """What a method on data is called with: the data's kind, or winners that rounds have joined to losers."""
+        if self.data == "prompts":
+            raise ValueError("needs.data must be images to have batches of them, got 'prompts'")
         return self.data if self.replay is None else "pairs"
-
-
-@runtime_checkable
-class Denoiser(Protocol):
-    """One face for every family: native predictions of a network along a noise path."""
-
-    @property
-    def path(self) -> NoisePath: ...
-
-    @property
-    def prediction(self) -> Prediction: ...
-
-    def __call__(self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
-        """Native output of the network, always float32."""
-        ...
-
-
-@runtime_checkable
-class Encoder(Denoiser, Protocol):
-    """A denoiser that also shows what it sees in noised latents on its way down."""
-
-    def features(
-        self,
-        x_t: Float[Tensor, "b c h w"],
-        t: Shaped[Tensor, " b"],
-        cond: Cond,
-        *,
-        mid: bool = False,
-        blocks: int | None = None,
-    ) -> list[Float[Tensor, "b _c _h _w"]]:
-        """Maps of its encoder from shallow to deep, in float32, differentiable in `x_t`; the last is the encoder's own.
-
-        Args:
-            mid: The middle block of a U-Net belongs to the encoder.
-            blocks: How many blocks of a transformer do; None is half of them.
-        """
-        ...
 
 
 @runtime_checkable
@@ -230,3 +124,52 @@ class Method(Protocol):
     def __call__(
         self, policy: Denoiser, reference: Denoiser | None, batch: Batch, rng: SampleRng, shared: Shared = ALONE
     ) -> StepLoss: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The images of a round with what judges said of them; those that a judge could not score are left out."""
+
+    scores: Mapping[str, Float[Tensor, " n"]]
+    """By reward, in the config's order; means of people's labels under the name `people`."""
+    weights: Mapping[str, float]
+    """Of each reward in the sum."""
+    group: Int[Tensor, " n"]
+    """Number of each image's prompt in the round; images of a prompt lie together."""
+    prompts: Sequence[str]
+    """By that number."""
+    past: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    """Scores of earlier rounds by reward and prompt, the oldest first."""
+    embedded: Embedded | None = None
+    """The images in the space of `set_reward`."""
+    set_reward: SetReward | None = None
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @property
+    def total(self) -> Float[Tensor, " n"]:
+        """Weighted sum of the scores, float64."""
+        rows = [self.weights[name] * scores.double() for name, scores in self.scores.items()]
+        return torch.stack(rows).sum(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What of a round is trained on."""
+
+    places: Int[Tensor, "m k"]
+    """Images by place in the round: one a row, or winner and loser."""
+    weight: Float[Tensor, " m"] | None = None
+    """An advantage, or +1 and -1 for good and bad images; None for pairs."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What was counted on the way."""
+
+
+@runtime_checkable
+class OnlineMethod(Method, Protocol):
+    """A method that trains on images of its own policy, round by round."""
+
+    def select(self, scored: Scored, generator: torch.Generator) -> Selection:
+        """What of a round is trained on; a pure function of the scores and of what `generator` draws."""
+        ...

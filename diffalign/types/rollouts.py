@@ -1,12 +1,53 @@
-"""What a sampler's walk leaves behind for training on its transitions."""
+"""A sampler's walk: its moves, and what it leaves behind for training on them."""
 
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from diffalign.types.methods import Cond
+from diffalign.paths import broadcast
+from diffalign.types.denoisers import Cond, Denoiser
+
+
+@dataclass(frozen=True)
+class Transition:
+    """p(x_s | x_t) = N(mean, std^2)."""
+
+    mean: Float[Tensor, " b *rest"]
+    std: Float[Tensor, " b"]
+    """Total standard deviation, square root of the step's length included; it never depends on the network."""
+
+    def sample(self, noise: Float[Tensor, " b *rest"]) -> Float[Tensor, " b *rest"]:
+        """mean + std noise."""
+        return self.mean + broadcast(self.std, noise) * noise
+
+
+@runtime_checkable
+class Walk(Protocol):
+    """A kernel on a schedule: where a model may go from x_t, and how likely it was to go where it went.
+
+    Moves are numbered, 0 the noisiest; the number may differ from sample to sample.
+    """
+
+    def transition(
+        self, denoiser: Denoiser, x_t: Float[Tensor, "b c h w"], step: Int[Tensor, " b"], cond: Cond
+    ) -> Transition:
+        """Where `denoiser` goes from x_t; one function for rollout, policy and reference."""
+        ...
+
+    def log_prob(self, transition: Transition, x_s: Float[Tensor, "b c h w"]) -> Float[Tensor, " b"]:
+        """log p(x_s | x_t), averaged over elements, in the kernel's own form."""
+        ...
+
+    def length(self, step: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """sigma_t - sigma_s, minus the dt of papers on flows; float32."""
+        ...
+
+    def noise_level(self, step: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Where each move starts between the last one (0) and the first (1); float32."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
