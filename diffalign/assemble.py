@@ -1,7 +1,6 @@
 """The parts of a run, built from its config: a flat list of constructor calls."""
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,17 +25,18 @@ from diffalign.data.prepare import (
     split_live,
     vae_scale,
 )
-from diffalign.denoisers import Family
+from diffalign.denoisers import Context, Family
 from diffalign.errors import InputError
 from diffalign.models.load import detect_family
 from diffalign.models.policy import Reference, cast_frozen, load_policy, make_reference
 from diffalign.models.save import trainable
+from diffalign.online.parts import OnlineParts, make_online
+from diffalign.online.settings import OnlineSettings
+from diffalign.online_checks import check_work
+from diffalign.run_folder import find_checkpoint
 from diffalign.settings import TrainConfig
-from diffalign.strict import changed_keys, to_toml
-from diffalign.types import Needs, RunningMean
-
-_FREE_TO_CHANGE = ("resume", "train.steps", "rounds.count")
-"""Keys that a resumed run may have changed."""
+from diffalign.strict import to_toml
+from diffalign.types import Needs, ReferenceKind, RunningMean
 
 
 @dataclass
@@ -67,9 +67,12 @@ class Parts:
     attention: str
     """Kernel that attention runs on."""
     ema: Any | None
-    collator: Collator
+    collator: Collator | None
+    """None for a run on its own images."""
     held: Collator | None
     """Held-out rows, without prompt dropout."""
+    online: OnlineParts | None
+    """Of a run on its own images."""
     counts: Counts
     start: int
     """Steps taken before, in a resumed run."""
@@ -77,6 +80,11 @@ class Parts:
     best: Best = field(default_factory=Best)
     rewards: RunningMean = field(default_factory=RunningMean)
     """Of implicit rewards, in a resumed run."""
+
+    @property
+    def reference_kind(self) -> ReferenceKind:
+        """What the policy is measured against."""
+        return reference_kind(self.cfg)
 
 
 def assemble(cfg: TrainConfig) -> Parts:
@@ -94,26 +102,16 @@ def assemble(cfg: TrainConfig) -> Parts:
     adapted = cfg.train.trainable == "lora"
     lora, told = cfg.lora if adapted else None, context_of(cfg, family)
     policy = load_policy(cfg.model, family, cfg.timesteps, lora=lora, seed=cfg.seed, context=told)
-    train_rows, held_rows, counts = prepare_rows(cfg, family, folder, share, accelerator)
-    collator = Collator(
-        rows=train_rows,
-        kind=cfg.method.needs.batches,
-        scale=vae_scale(cfg.model),
-        seed=cfg.seed,
-        prompt_dropout=cfg.data.prompt_dropout,
-        latents=cfg.data.latents,
-        swap=cfg.data.swap_labels,
-        positive_ratio=cfg.data.positive_ratio,
-        sizes=cfg.data.sizes == "original",
-    )
-
+    collator, held, counts = None, None, Counts()
+    if cfg.online is None:
+        collator, held, counts = make_collators(cfg, family, folder, share, accelerator)
     check_batch(cfg, share.of)
-    check_prompts(cfg, train_rows)
 
     kernel = pick_attention(policy.net, cfg, accelerator)
     net = place_net(policy.net, cfg, accelerator, adapted=adapted)
     kind = reference_kind(cfg)
     reference = None if kind == "none" else make_reference(policy, adapted=adapted, moves=kind in ("ema", "pool"))
+    online = None if cfg.online is None else make_rounds(cfg, cfg.online, family, policy, told, accelerator, share)
     parameters = trainable(net)
     prepared, optimizer = accelerator.prepare(net, make_optimizer(cfg, list(parameters.values())))
     ema = make_ema(cfg, parameters)
@@ -132,12 +130,60 @@ def assemble(cfg: TrainConfig) -> Parts:
         attention=kernel,
         ema=ema,
         collator=collator,
-        held=None if held_rows is None else replace(collator, rows=held_rows, prompt_dropout=0.0),
-        counts=counts,
+        held=held,
+        online=online,
+        counts=counts if online is None else Counts(rows=len(online.prompts), kept=len(online.prompts)),
         start=0,
         metrics_offset=0,
     )
     return parts if resumed is None else restore(parts, resumed)
+
+
+def make_collators(
+    cfg: TrainConfig, family: Family, folder: Path, share: Share, accelerator: Any
+) -> tuple[Collator, Collator | None, Counts]:
+    """Batches of rows to train on and of rows held out."""
+    rows, held, counts = prepare_rows(cfg, family, folder, share, accelerator)
+    check_prompts(cfg, rows)
+    collator = Collator(
+        rows=rows,
+        kind=cfg.method.needs.batches,
+        scale=vae_scale(cfg.model),
+        seed=cfg.seed,
+        prompt_dropout=cfg.data.prompt_dropout,
+        latents=cfg.data.latents,
+        swap=cfg.data.swap_labels,
+        positive_ratio=cfg.data.positive_ratio,
+        sizes=cfg.data.sizes == "original",
+    )
+    return collator, None if held is None else replace(collator, rows=held, prompt_dropout=0.0), counts
+
+
+def make_rounds(
+    cfg: TrainConfig,
+    settings: OnlineSettings,
+    family: Family,
+    policy: Any,
+    told: Context,
+    accelerator: Any,
+    share: Share,
+) -> OnlineParts:
+    """What the rounds of an online run are made with."""
+    online = make_online(
+        settings,
+        cfg.method.needs,
+        cfg.model,
+        family,
+        policy,
+        prompts=cfg.data.path,
+        limit=cfg.data.limit,
+        zeros=cfg.data.empty_prompt == "zeros",
+        context=told,
+        adapted=cfg.train.trainable == "lora",
+        device=accelerator.device,
+    )
+    check_work(cfg, settings, online.walk, share.of)
+    return online
 
 
 def make_accelerator(cfg: TrainConfig) -> Any:
@@ -163,33 +209,6 @@ def make_accelerator(cfg: TrainConfig) -> Any:
             "config.train.precision must be 'no' or 'bf16' without a GPU, got 'fp16', whose gradient scaling needs one"
         )
     return accelerator
-
-
-def find_checkpoint(folder: Path, cfg: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, or None for a run from the start; changes nothing on disk.
-
-    Raises:
-        InputError: The folder holds another run, or the config has changed since the run that is resumed.
-    """
-    if (folder / "config.toml").is_file():
-        _check_resumable(folder, cfg, dump(cfg))
-    elif folder.exists() and any(p.name != "cache" for p in folder.iterdir()):
-        raise InputError(
-            f"config.output must be a new folder or one of a run, got {cfg.output!r} with other files in it"
-        )
-    elif cfg.resume not in ("never", "latest"):
-        raise InputError(
-            f"config.resume must name a checkpoint of config.output, got {cfg.resume!r} and no run is there"
-        )
-    found = disk.checkpoints(folder / "checkpoints")
-    if cfg.resume == "never" or not found:
-        return None
-    if cfg.resume == "latest":
-        return found[max(found)]
-    names = {path.name: path for path in found.values()}
-    if cfg.resume not in names:
-        raise InputError(f"config.resume must be never, latest or one of {', '.join(names)}, got {cfg.resume!r}")
-    return names[cfg.resume]
 
 
 def claim_folder(parts: Parts) -> None:
@@ -371,27 +390,3 @@ def state_of(parts: Parts, step: int, metrics_offset: int, rewards: RunningMean)
             "scaler": None if scaler is None else scaler.state_dict(),
         },
     )
-
-
-def _check_resumable(folder: Path, cfg: TrainConfig, table: Mapping[str, Any]) -> None:
-    written = tomllib.loads((folder / "config.toml").read_text())
-    steps = max(disk.checkpoints(folder / "checkpoints"), default=0)
-    if cfg.resume == "never":
-        raise InputError(
-            f"config.output must be a new folder, got {cfg.output!r} with a run at step {steps}; "
-            'set resume = "latest" to go on with it, or name another folder'
-        )
-    changed = [c for c in changed_keys(written, table) if not c.startswith(_FREE_TO_CHANGE)]
-    changed += _changed_rounds(written, cfg)
-    if changed:
-        raise InputError(
-            f"config must be that of the run in {cfg.output!r} to resume it, but changed: {', '.join(changed)}"
-        )
-
-
-def _changed_rounds(written: Mapping[str, Any], cfg: TrainConfig) -> list[str]:
-    """Steps and rounds may both grow, but a round must stay as long as it was."""
-    if cfg.rounds is None or "rounds" not in written:
-        return []
-    then, now = written["train"]["steps"] // written["rounds"]["count"], cfg.train.steps // cfg.rounds.count
-    return [] if then == now else [f"train.steps / rounds.count ({then} then, {now} now)"]

@@ -6,6 +6,7 @@ from diffalign.errors import InputError
 from diffalign.methods import METHODS
 from diffalign.models.load import load_context
 from diffalign.models.lora import LoraSettings
+from diffalign.online_checks import check_online
 from diffalign.settings import TrainConfig
 from diffalign.types import Method, ReferenceKind
 
@@ -27,6 +28,7 @@ def check(config: TrainConfig) -> None:
     """Raises InputError for values that exclude each other, with the reason."""
     _check_method(config)
     _check_rounds(config)
+    check_online(config)
     _check_ranges(config)
     _check_sections(config)
 

@@ -56,6 +56,7 @@ def fit(
     start: int = 0,
     accelerator: Any = None,
     rewards: RunningMean | None = None,
+    old: Denoiser | None = None,
 ) -> Iterator[StepReport]:
     """Trains until `steps` optimizer steps have been taken; yields a report after each.
 
@@ -66,13 +67,14 @@ def fit(
         start: Steps taken already, in a resumed run.
         accelerator: Of `accelerate`, for precision and processes; None trains plainly on one device.
         rewards: The running mean of implicit rewards, in a resumed run.
+        old: The policy that made the images, where the method asks for it.
 
     Raises:
         NotFinite: Before the update; it carries the batch.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
-    shared = shared_with(accelerator, rewards)
+    shared = replace(shared_with(accelerator, rewards), old=old)
     for step in range(start, steps):
         began = time.monotonic()
         totals = Totals()

@@ -64,8 +64,14 @@ class Pool:
 
     def drop_from(self, number: int) -> None:
         """Removes the policies from `number` on: of rounds that a run from an older checkpoint makes anew."""
+        self._drop([n for n in self.digests() if int(n) >= number])
+
+    def drop_before(self, number: int) -> None:
+        """Removes the policies before `number`."""
+        self._drop([n for n in self.digests() if int(n) < number])
+
+    def _drop(self, stale: list[str]) -> None:
         known = self.digests()
-        stale = [n for n in known if int(n) >= number]
         if stale:
             self._write({n: digest for n, digest in known.items() if n not in stale})
         for n in stale:

@@ -22,7 +22,7 @@ from torch import Tensor
 from diffalign import rng
 from diffalign.assemble import Parts
 from diffalign.checkpoint import enough_room, restore_
-from diffalign.data.batches import Collator
+from diffalign.data.batches import Collator, Source
 from diffalign.data.cache import save_shard
 from diffalign.data.selfsampled import Images, RoundSettings, SelfSampled, Split
 from diffalign.errors import RunError
@@ -41,8 +41,11 @@ BATCHES_PER_PART = 16
 class Phase:
     """Steps that have one reference and one source of batches."""
 
+    policy: Denoiser
     reference: Denoiser | None
-    collator: Collator
+    old: Denoiser | None = None
+    """The policy that made the images, where the method asks for it."""
+    collator: Source
     held: Collator | None
     start: int
     """Steps taken before it."""
@@ -94,7 +97,14 @@ def phases(parts: Parts, book: Logbook) -> Iterator[Phase]:
     settings, reference, steps = parts.cfg.rounds, parts.reference, parts.cfg.train.steps
     if settings is None or reference is None:
         fixed = None if reference is None else reference.denoiser
-        yield Phase(reference=fixed, collator=parts.collator, held=parts.held, start=parts.start, stop=steps)
+        yield Phase(
+            policy=parts.policy,
+            reference=fixed,
+            collator=collator_of(parts),
+            held=parts.held,
+            start=parts.start,
+            stop=steps,
+        )
         return
     length = steps // settings.count
     for number in range(parts.start // length + 1, settings.count + 1):
@@ -123,12 +133,19 @@ def _begin(this: Round, book: Logbook) -> Phase:
         }
         book.round(this.start, {"round": this.number, "reference": chosen, **cost})
     return Phase(
+        policy=parts.policy,
         reference=this.reference.denoiser,
-        collator=_joined(parts.collator, Images(this.folder, "train")),
+        collator=_joined(collator_of(parts), Images(this.folder, "train")),
         held=None if parts.held is None else _joined(parts.held, Images(this.folder, "held")),
         start=this.start,
         stop=this.first + this.length,
     )
+
+
+def collator_of(parts: Parts) -> Collator:
+    """Batches of the run's data."""
+    assert parts.collator is not None, "a run on data has rows"
+    return parts.collator
 
 
 def replayed(replay: Replay, number: int, seed: int) -> int:
@@ -145,7 +162,7 @@ def rows_between(parts: Parts, start: int, stop: int) -> list[int]:
     """The distinct rows that steps `start` to `stop` will see over all processes, ascending."""
     t = parts.cfg.train
     global_batch_size = t.batch_size * t.accumulate * parts.share.of
-    order = parts.collator.order
+    order = collator_of(parts).order
     return sorted({order.item(s) for s in range(start * global_batch_size, stop * global_batch_size)})
 
 
@@ -191,7 +208,7 @@ class Sampler:
         self.parts = this.parts
         data = self.parts.cfg.data
         self.dtype = torch.float32 if data.cache is False else getattr(torch, data.cache_dtype)
-        self.shape = self.parts.collator.rows.latents([0], [0], "w")[0].shape[1:]
+        self.shape = collator_of(self.parts).rows.latents([0], [0], "w")[0].shape[1:]
         components = ("vae", *self.parts.family.text)
         pipeline = load_pipeline(self.parts.cfg.model, only=components, net=this.reference.net)
         self.pipeline = pipeline.to(self.parts.accelerator.device)
@@ -200,7 +217,7 @@ class Sampler:
     @torch.no_grad()
     def moments(self, split: Split, rows: list[int]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         """Mean and std of the VAE's posterior of an image sampled for each row's prompt, from noise of its own."""
-        vae, scale = self.pipeline.vae, self.parts.collator.scale
+        vae, scale = self.pipeline.vae, collator_of(self.parts).scale
         pixels = vae.decode(self._latents(split, rows) / scale.scale + scale.shift).sample
         if not pixels.isfinite().all():
             raise RunError(f"images of round {self.round.number} must be finite, got others among rows {rows}")
@@ -216,7 +233,7 @@ class Sampler:
             save_shard(file, {"mean": mean, "std": std}, {"rows": rows})
 
     def _latents(self, split: Split, rows: list[int]) -> Float[Tensor, "b c h w"]:
-        source, device = self.parts.collator if split == "train" else self.parts.held, self.parts.accelerator.device
+        source, device = collator_of(self.parts) if split == "train" else self.parts.held, self.parts.accelerator.device
         assert source is not None, "held-out rows are there where they are sampled for"
         path = (self.parts.cfg.seed, "rollout", split, self.round.number)
         noise = torch.stack([torch.randn(self.shape, generator=rng.generator(*path, row)) for row in rows])

@@ -8,6 +8,7 @@ from diffalign.data.selfsampled import RoundSettings
 from diffalign.data.sources import PairSource
 from diffalign.models.load import ModelSource
 from diffalign.models.lora import LoraSettings
+from diffalign.online.settings import OnlineSettings
 from diffalign.paths import TimestepSampling
 from diffalign.types import Method
 
@@ -67,8 +68,9 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     ema_decay: float | None = None
     """Keep a moving average of the trained weights, and export it."""
-    reference: Literal["none", "start", "ema"] | None = None
-    """The policy as it started, or a moving average of it; None is what the method chooses."""
+    reference: Literal["none", "start", "ema", "pool"] | None = None
+    """The policy as it started, a moving average of it, or as it was when the round began ("pool"); None is what the
+    method chooses."""
     reference_decay: float | None = None
     """Decay of a moving reference per optimizer step; None takes 0.995."""
     guidance: float | None = None
@@ -159,4 +161,6 @@ class TrainConfig:
     samples: SampleSettings | None = None
     rounds: RoundSettings | None = None
     """Where the method needs them: the losers of a round are sampled before it."""
+    online: OnlineSettings | None = None
+    """Where the method trains on its own images: prompts are those of data.path."""
     export: ExportSettings = field(default_factory=ExportSettings)

@@ -22,6 +22,7 @@ from diffalign.fit import NotFinite, StepReport, fit
 from diffalign.grids import save_grid
 from diffalign.logbook import Logbook
 from diffalign.models.save import export_full, export_lora
+from diffalign.online_rounds import own_phases
 from diffalign.plan import remedy
 from diffalign.progress import bar
 from diffalign.rounds import Phase, phases
@@ -68,7 +69,8 @@ def train(parts: Parts, book: Logbook) -> None:
     """The phases of a run, one where it has no rounds."""
     rewards = parts.rewards
     set_lr(parts, parts.start)
-    for phase in phases(parts, book):
+    made = phases(parts, book) if parts.online is None else own_phases(parts, book)
+    for phase in made:
         rewards = take_steps(parts, phase, book, rewards)
 
 
@@ -83,7 +85,7 @@ def take_steps(parts: Parts, phase: Phase, book: Logbook, rewards: RunningMean) 
     main = parts.accelerator.is_main_process
     with kept_aside(parts), bar("training", t.steps, shown=main, done=phase.start) as shown:
         for report in fit(
-            parts.policy,
+            phase.policy,
             phase.reference,
             cfg.method,
             batches,
@@ -95,6 +97,7 @@ def take_steps(parts: Parts, phase: Phase, book: Logbook, rewards: RunningMean) 
             start=phase.start,
             accelerator=parts.accelerator,
             rewards=rewards,
+            old=phase.old,
         ):
             rewards = report.rewards
             follow(parts)

@@ -334,9 +334,26 @@ class Drawn:
         return int(some[int(torch.randint(len(some), (), generator=draw))])
 
 
-def stream(
-    collator: Collator, *, batch_size: int, accumulate: int, share: Share, start_step: int = 0
-) -> Iterator[Batch]:
+@runtime_checkable
+class Turn(Protocol):
+    """Which item each sample of the run's stream is."""
+
+    def item(self, sample: int) -> int: ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What makes batches of items in an order of its own."""
+
+    @property
+    def order(self) -> Turn: ...
+
+    def batch(self, items: Sequence[int], samples: Sequence[int]) -> Batch:
+        """The batch of some items; `samples` are their numbers in the run's stream."""
+        ...
+
+
+def stream(collator: Source, *, batch_size: int, accumulate: int, share: Share, start_step: int = 0) -> Iterator[Batch]:
     """This process's micro-batches from optimizer step `start_step` on, without end, in the collator's order."""
     order = collator.order
     for micro in itertools.count(start_step * accumulate):

@@ -58,6 +58,12 @@ class Encoders:
         posterior = vae.encode(pixels.to(self.device)).latent_dist
         return posterior.mean, posterior.std
 
+    @torch.no_grad()
+    def decode(self, x_0: Float[Tensor, "b c h w"], scale: LatentScale) -> Float[Tensor, "b 3 height width"]:
+        """Images in [0, 1] of clean latents as the denoiser has them."""
+        vae = self._part("vae", ("vae",)).vae
+        return (vae.decode(x_0.to(self.device) / scale.scale + scale.shift).sample / 2 + 0.5).clamp(0, 1)
+
     def prompts(self, texts: Sequence[str]) -> Cond:
         """Conditions of prompts, on the CPU."""
         cond = self.family.encode_prompts(self._part("text", self.family.text), texts).to("cpu")

@@ -1,6 +1,7 @@
 """Classifier-free guidance around any denoiser: one call on the joined unconditional and conditional batch."""
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Shaped
@@ -39,6 +40,11 @@ class Guided:
     @property
     def prediction(self) -> Prediction:
         return self.denoiser.prediction
+
+    @property
+    def net(self) -> Any:
+        """The network of a denoiser that has one, for whoever synchronises its gradients."""
+        return cast(Any, self.denoiser).net
 
     def __call__(self, x_t: Float[Tensor, "b c h w"], t: Shaped[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c h w"]:
         if self.guidance == 1:

@@ -23,6 +23,8 @@ POLICY = "default"
 """Name of the trained adapter; the one that the exporters of Diffusers expect."""
 REFERENCE = "reference"
 """Name of the frozen copy of a LoRA that training started from."""
+OLD = "old"
+"""Name of the slow copy of a LoRA that samples in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,27 +126,27 @@ def start_from_lora(pipeline: Any, net: Any, family: Family, path: str, settings
     cast_training_params(net, torch.float32)
 
 
-def add_reference(net: Any) -> None:
+def add_reference(net: Any, name: str = REFERENCE) -> None:
     """Sets a frozen float32 copy of the trained adapter beside it; where training started from a LoRA it is there."""
     from diffusers.training_utils import cast_training_params
 
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    if REFERENCE not in net.peft_config:
+    if name not in net.peft_config:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            _inject(net, net.peft_config[POLICY], REFERENCE)
+            _inject(net, net.peft_config[POLICY], name)
         activate(net, POLICY)
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(name in trained)
+        for key, parameter in net.named_parameters():
+            parameter.requires_grad_(key in trained)
         cast_training_params(net, torch.float32)
     with torch.no_grad():
-        for name, parameter in reference_parameters(net).items():  # may be stored in 16 bits, too few to average in
-            parameter.data = trained[name].detach().clone()
+        for key, parameter in reference_parameters(net, name).items():  # may be stored in 16 bits: too few to average
+            parameter.data = trained[key].detach().clone()
 
 
-def reference_parameters(net: Any) -> dict[str, nn.Parameter]:
-    """Weights of the frozen adapter by the names of the trained ones."""
-    own = f".{REFERENCE}."
+def reference_parameters(net: Any, adapter: str = REFERENCE) -> dict[str, nn.Parameter]:
+    """Weights of a frozen adapter by the names of the trained ones."""
+    own = f".{adapter}."
     return {name.replace(own, f".{POLICY}."): p for name, p in net.named_parameters() if own in name}
 
 

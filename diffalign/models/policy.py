@@ -11,7 +11,10 @@ import torch
 from diffalign.denoisers import Context, Family
 from diffalign.models.load import ModelSource, load_context, load_net, load_pipeline, load_scheduler_config
 from diffalign.models.lora import (
+    OLD,
+    AdapterReference,
     LoraSettings,
+    adapter_layers,
     adapter_reference,
     add_lora,
     add_reference,
@@ -98,6 +101,18 @@ def make_reference(policy: Any, *, adapted: bool, moves: bool = False) -> Refere
     frozen = copy.deepcopy(policy.net).requires_grad_(False)
     parameters = dict(frozen.named_parameters()) if moves else {}
     return Reference(denoiser=replace(policy, net=frozen), net=frozen, parameters=parameters)
+
+
+def make_old(policy: Any, *, adapted: bool) -> Reference:
+    """A slow copy of the policy that samples in its place: an adapter of its own beside the trained one, or a copy."""
+    if not adapted:
+        return make_reference(policy, adapted=False, moves=True)
+    add_reference(policy.net, OLD)
+    layers = adapter_layers(policy.net)
+    inside = AdapterReference(policy=policy, layers=layers, adapter=OLD)
+    return Reference(
+        denoiser=inside, net=policy.net, layers=layers, adapter=OLD, parameters=reference_parameters(policy.net, OLD)
+    )
 
 
 def cast_frozen(net: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -1,0 +1,123 @@
+"""What an online run is made of beside its policy: prompts, encoders, judges, the walk that samples."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffalign.data.batches import LatentScale
+from diffalign.data.prepare import Encoders, vae_scale
+from diffalign.data.prompts import PromptSet, read_prompts
+from diffalign.denoisers import Context, Family
+from diffalign.errors import InputError
+from diffalign.models.load import ModelSource, load_net_config, load_scheduler_config
+from diffalign.models.policy import Reference, make_old
+from diffalign.online.scoring import Judges, load_judges
+from diffalign.online.settings import KernelSettings, OnlineSettings
+from diffalign.sampling.kernels import Kernel
+from diffalign.sampling.rollout import draw_window, noisy_steps
+from diffalign.sampling.schedule import make_schedule
+from diffalign.sampling.walk import KernelWalk
+from diffalign.types import Needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineParts:
+    """Everything that rounds are made with."""
+
+    settings: OnlineSettings
+    prompts: PromptSet
+    encoders: Encoders
+    scale: LatentScale
+    judges: Judges | None
+    """None: people judge."""
+    walk: KernelWalk
+    shape: tuple[int, int, int]
+    """Channels, height and width of latents."""
+    old: Reference | None
+    """The policy that samples, where it is another than the one that is trained."""
+
+    def window(self, seed: int, number: int) -> range | None:
+        """Moves with noise of a round; None for all that can have it."""
+        chosen = self.settings.window
+        if chosen is None:
+            return None
+        low, high = chosen.bounds(len(self.walk.schedule))
+        return draw_window(chosen.size, low, high, seed=seed, place=("round", number))
+
+
+def make_online(
+    settings: OnlineSettings,
+    needs: Needs,
+    source: ModelSource,
+    family: Family,
+    policy: Any,
+    *,
+    prompts: str,
+    limit: int | None,
+    zeros: bool,
+    context: Context,
+    adapted: bool,
+    device: torch.device,
+) -> OnlineParts:
+    """The parts of an online run.
+
+    Raises:
+        InputError: Prompts, rewards or a walk that cannot be.
+    """
+    found = read_prompts(prompts, limit)
+    if len(found) < settings.prompts:
+        raise InputError(
+            f"data.path must hold at least the {settings.prompts} prompts of a round, got {len(found)}; lower "
+            "online.prompts"
+        )
+    factor, channels = context.vae_factor, family.latent_shape(load_net_config(source, family))[0]
+    return OnlineParts(
+        settings=settings,
+        prompts=found,
+        encoders=Encoders(source, family, device, zeros=zeros),
+        scale=vae_scale(source),
+        judges=None if settings.by_people else load_judges(settings),
+        walk=make_walk(settings, needs, source),
+        shape=(channels, context.resolution // factor, context.resolution // factor),
+        old=make_old(policy, adapted=adapted) if needs.old else None,
+    )
+
+
+def make_walk(settings: OnlineSettings, needs: Needs, source: ModelSource) -> KernelWalk:
+    """The walk that samples, and for methods on moves is trained on.
+
+    Raises:
+        InputError: A kernel that is not for this model, one without noise where log-probs are needed, or a window that
+            does not fit.
+    """
+    config = load_scheduler_config(source)
+    on_moves = needs.items in ("transitions", "transition_pairs")
+    chosen = choose_kernel(
+        settings.kernel, flows=str(config.get("_class_name", "")).startswith("FlowMatch"), on_moves=on_moves
+    )
+    schedule = make_schedule(chosen.name, config, settings.steps, table=settings.table)
+    noisy = noisy_steps(chosen, schedule)
+    if on_moves and not noisy:
+        raise InputError(
+            f"online.kernel must have noise with a method that needs log-probs of its moves, got {chosen.name!r} "
+            "without any; raise online.kernel.eta, or leave online.kernel out"
+        )
+    if settings.window is not None:
+        if not on_moves:
+            raise InputError("online.window must be left out with a method that does not train on moves")
+        low, high = settings.window.bounds(len(schedule))
+        if not 1 <= settings.window.size <= high - low or low < 0 or high - 1 not in noisy:
+            raise InputError(
+                f"online.window must have a size in [1, {high - low}] within the moves with noise, [{noisy[0]}, "
+                f"{noisy[-1] + 1}), got size {settings.window.size} in [{low}, {high})"
+            )
+    return KernelWalk(kernel=chosen, schedule=schedule)
+
+
+def choose_kernel(named: KernelSettings | None, *, flows: bool, on_moves: bool) -> Kernel:
+    """The kernel of the config, or the published one: noise-free, DDIM with eta 1, or Flow-GRPO's SDE."""
+    if named is not None:
+        return named.make()
+    default = "ode" if not on_moves else "flow_sde" if flows else "ddim"
+    return KernelSettings(name=default).make()

@@ -1,0 +1,253 @@
+"""Online runs: what a round leaves on disk, ratios of 1, runs that were stopped in every phase, bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffalign
+from diffalign.assemble import assemble, claim_folder
+from diffalign.config import parse
+from diffalign.data.batches import stream
+from diffalign.errors import InputError, RunError
+from diffalign.logbook import Logbook
+from diffalign.online.store import Store
+from diffalign.online_rounds import own_phases
+from tests import worlds
+from tests.test_train import metrics, same, weights
+
+PROMPTS = ("a red circle", "a blue square", "the small green circle", "large red square on white")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    worlds.sd(root / "sd")
+    worlds.sd3(root / "sd3")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    return root
+
+
+def table(world: Path, output: Path, *, model: str = "sd", method: str = "d3po", **sections) -> dict:
+    """Two rounds of two updates; a pair of images is trained at each of four moves."""
+    found = {
+        "output": str(output),
+        "model": {"path": str(world / model)},
+        "data": {"path": str(world / "prompts.txt")},
+        "method": {"name": method},
+        "online": {
+            "rewards": ["tests.online_rewards:brightness"],
+            "prompts": 2,
+            "group": 2,
+            "updates": 2,
+            "steps": 4,
+            "batch_size": 2,
+        },
+        "train": {"steps": 4, "batch_size": 2, "device": "cpu"},
+        "optimizer": {"lr": 1e-3},
+        "lora": {"rank": 2},
+        "checkpoint": {"every": 1},
+    }
+    for name, section in sections.items():
+        found[name] = {**found.get(name, {}), **section} if isinstance(section, dict) else section
+    return found
+
+
+def rounds_of(folder: Path) -> list[dict]:
+    return [line for line in metrics(folder) if "round" in line]
+
+
+def without_time(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "sampling_seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("model", ["sd", "sd3"])
+def test_a_run_on_its_own_images_starts_every_method_where_policy_and_reference_agree(world, tmp_path, model, guidance):
+    result = diffalign.train(table(world, tmp_path / "run", model=model, online={"guidance": guidance}))
+    lines = metrics(result.folder)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert steps[0]["loss"] == pytest.approx(0.6931471805599453, abs=1e-6)
+    assert steps[1]["loss"] != steps[0]["loss"]
+    first, second = rounds_of(result.folder)
+    assert (first["round"], first["images"], second["step"]) == (1, 4, 2)
+    assert first["score/brightness"] != second["score/brightness"]
+    assert (result.export / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_round_on_disk_names_every_image_and_keeps_what_people_may_look_at(world, tmp_path):
+    result = diffalign.train(table(world, tmp_path / "run", online={"guidance": 2.0}))
+    folder = result.folder / "rounds" / "round-1"
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["00000-0", "00000-1", "00001-0", "00001-1"]
+    assert all((folder / line["image"]).is_file() for line in lines)
+    assert {line["prompt"] for line in lines} <= set(PROMPTS)
+    assert {line["kernel"] for line in lines} == {"ddim"} and {line["guidance"] for line in lines} == {2.0}
+    assert not list(folder.glob("part-*"))  # what only training needed went when the next round began
+    assert list((result.folder / "rounds" / "round-2").glob("part-*"))
+
+
+def test_images_of_a_prompt_share_their_noise_where_the_config_says_so(world, tmp_path):
+    for shared in (False, True):
+        run = table(world, tmp_path / str(shared), train={"steps": 2}, online={"shared_noise": shared})
+        diffalign.train(run)
+        lines = (tmp_path / str(shared) / "rounds" / "round-1" / "manifest.jsonl").read_text().splitlines()
+        seeds = [json.loads(line)["noise_seed"] for line in lines]
+        assert (seeds[0] == seeds[1]) is shared
+        assert seeds[1] != seeds[2]
+
+
+def test_prompts_take_turns(world, tmp_path):
+    result = diffalign.train(table(world, tmp_path / "run"))
+    seen = [
+        json.loads(line)["prompt"]
+        for number in (1, 2)
+        for line in (result.folder / "rounds" / f"round-{number}" / "manifest.jsonl").read_text().splitlines()
+    ]
+    assert sorted(set(seen)) == sorted(PROMPTS)
+
+
+@pytest.fixture
+def first_phase():
+    """Makes (parts, first phase, its micro-batches) of a run: sampled and judged, not trained."""
+    books = []
+
+    def make(cfg: dict):
+        parts = assemble(parse(cfg))
+        claim_folder(parts)
+        books.append(Logbook(parts.folder / "metrics.jsonl", parts.accelerator, parts.metrics_offset))
+        phase = next(own_phases(parts, books[-1]))
+        t = parts.cfg.train
+        return parts, phase, stream(phase.collator, batch_size=t.batch_size, accumulate=t.accumulate, share=parts.share)
+
+    yield make
+    for book in books:
+        book.__exit__()
+
+
+@pytest.mark.parametrize("model", ["sd", "sd3"])
+def test_pairs_of_moves_are_those_of_the_better_and_the_worse_image(world, tmp_path, first_phase, model):
+    parts, phase, batches = first_phase(table(world, tmp_path / "run", model=model))
+    store: Store = phase.collator.store
+    scores = store.scores()["brightness"]
+    for _ in range(3):
+        batch = next(batches)
+        for row in range(len(batch)):
+            step = int(batch.step[row])
+            ways = [store.states([image], [step])[0][0] for image in range(4)]
+            better = [i for i, x in enumerate(ways) if torch.equal(x, batch.x_t_w[row])]
+            worse = [i for i, x in enumerate(ways) if torch.equal(x, batch.x_t_l[row])]
+            assert len(better) == len(worse) == 1
+            assert better[0] // 2 == worse[0] // 2
+            assert scores[better[0]] > scores[worse[0]]
+    assert parts.cfg.method.needs.items == phase.collator.kind
+
+
+def test_a_block_of_rows_goes_over_all_its_moves_before_the_next(world, tmp_path, first_phase):
+    _, phase, _ = first_phase(table(world, tmp_path / "run", train={"batch_size": 1}))
+    order = phase.collator.order
+    items = [order.item(i) for i in range(8)]
+    rows = [item // order.moves for item in items]
+    assert rows in ([0] * 4 + [1] * 4, [1] * 4 + [0] * 4)
+    assert sorted(item % order.moves for item in items[:4]) == [0, 1, 2, 3]
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(world, tmp_path):
+    whole = diffalign.train(table(world, tmp_path / "whole"))
+    stopped = table(world, tmp_path / "stopped", train={"steps": 2})
+    diffalign.train(stopped)
+    diffalign.train(table(world, tmp_path / "stopped", resume="latest"))
+    assert same(weights(whole.folder, 4), weights(tmp_path / "stopped", 4))
+    assert without_time(metrics(whole.folder)) == without_time(metrics(tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize("lost", ["part-00001.safetensors", "scores-00000.json", "images/00001-0.png"])
+def test_what_a_killed_round_lacks_is_made_again(world, tmp_path, lost):
+    whole = diffalign.train(table(world, tmp_path / "whole", train={"steps": 2}))
+    run = table(world, tmp_path / "run", train={"steps": 2})
+    diffalign.train(run)
+    folder = tmp_path / "run" / "rounds" / "round-1"
+    (folder / lost).unlink()
+    if lost.startswith("images"):
+        (folder / "part-00001.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    diffalign.train({**run, "resume": "latest"})
+    assert same(weights(whole.folder, 2), weights(tmp_path / "run", 2))
+
+
+def test_people_judge_where_no_reward_does(world, tmp_path):
+    run = table(world, tmp_path / "run", online={"rewards": []}, train={"steps": 2})
+    with pytest.raises(RunError, match=r"round 1 waits for people: label the 4 images of .*images in .*labels\.jsonl"):
+        diffalign.train(run)
+    folder = tmp_path / "run" / "rounds" / "round-1"
+    before = {file.name: file.read_bytes() for file in folder.glob("images/*.png")}
+    ids = [json.loads(line)["id"] for line in (folder / "labels-template.jsonl").read_text().splitlines()]
+    rows = [{"id": one, "label": label} for one, label in zip(ids, (1, 0, -1, 2), strict=True)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = diffalign.train({**run, "resume": "latest"})
+    assert {file.name: file.read_bytes() for file in folder.glob("images/*.png")} == before
+    assert rounds_of(result.folder)[0]["score/people"] == pytest.approx(0.5)
+
+
+def test_labels_do_what_the_reward_that_they_were_made_by_does(world, tmp_path):
+    by_reward = diffalign.train(table(world, tmp_path / "reward", train={"steps": 2}))
+    files = sorted((by_reward.folder / "rounds" / "round-1").glob("scores-*.json"))
+    scores = [score for file in files for score in json.loads(file.read_text())["brightness"]]
+    run = table(world, tmp_path / "people", online={"rewards": []}, train={"steps": 2})
+    with pytest.raises(RunError, match="waits for people"):
+        diffalign.train(run)
+    folder = tmp_path / "people" / "rounds" / "round-1"
+    ids = [json.loads(line)["id"] for line in (folder / "labels-template.jsonl").read_text().splitlines()]
+    rows = [{"id": one, "label": score} for one, score in zip(ids, scores, strict=True)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    diffalign.train({**run, "resume": "latest"})
+    assert same(weights(by_reward.folder, 2), weights(tmp_path / "people", 2))
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("constant", r"reward 'constant' must tell images apart, got 0\.5 for all 4 of round 1"),
+        ("blind", r"reward 'blind' could not judge 2 of 4 images"),
+        ("short", r"reward 'short' must return one score per image, shape \(2,\), got \(1,\)"),
+    ],
+)
+def test_a_reward_that_cannot_judge_ends_the_run_in_one_line(world, tmp_path, reward, words):
+    run = table(world, tmp_path / "run", online={"rewards": [f"tests.online_rewards:{reward}"]})
+    with pytest.raises((RunError, ValueError), match=words):
+        diffalign.train(run)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"online": {"kernel": {"name": "ddim", "eta": 0.0}}}, r"online\.kernel must have noise"),
+        ({"online": {"kernel": {"name": "flow_sde"}}}, r"kernel must fit a DDPM model, got 'flow_sde'"),
+        ({"online": {"group": 1}}, r"config\.online\.group must be at least 2 with method 'd3po'"),
+        ({"online": {"prompts": 5}}, r"data\.path must hold at least the 5 prompts of a round, got 4"),
+        ({"online": {"updates": 3}}, r"config\.train\.steps must be a multiple of online\.updates, 3, got 4"),
+        ({"online": {"weights": [1.0, 2.0]}}, r"online\.weights must be one for each of the 1 rewards, got 2"),
+        ({"online": {"rewards": ["clpi"]}}, r"did you mean 'clip'"),
+        ({"online": {"window": {"size": 3}}}, r"online\.window must have a size in \[1, 2\]"),
+        ({"online": {"set_reward": "vendi"}}, r"config\.online\.set_reward must be left out with method 'd3po'"),
+        ({"data": {"flip": True}}, r"config\.data\.flip must be left out with method 'd3po'"),
+        ({"validation": {"every": 2}}, r"config\.validation must be left out with method 'd3po'"),
+        ({"online": None}, r"config\.online must be there with method 'd3po'"),
+        ({"method": "sft"}, r"config\.online must be left out with method 'sft'"),
+    ],
+)
+def test_what_a_run_on_its_own_images_cannot_be_is_said_in_one_line(world, tmp_path, sections, words):
+    found = table(world, tmp_path / "run", **({"method": "d3po"} | sections))
+    found = {k: v for k, v in found.items() if v is not None}
+    with pytest.raises(InputError, match=words):
+        diffalign.train(found)
+    assert not (tmp_path / "run" / "rounds").exists()
+
+
+def test_an_empty_list_of_prompts_is_one_line(world, tmp_path):
+    (tmp_path / "none.txt").write_text("\n")
+    with pytest.raises(InputError, match="prompts must hold at least one prompt"):
+        diffalign.train(table(world, tmp_path / "run", data={"path": str(tmp_path / "none.txt")}))
