@@ -22,7 +22,7 @@ LAYERS = [
     ("card", "grids", "assemble"),
     ("leaner", "rehearsal", "plan"),
     ("pool",),
-    ("rounds",),
+    ("rounds", "online"),
     ("train",),
     ("api",),
     ("cli", "cli_data", "cli_plan", "cli_rewards", "tiny makers"),
