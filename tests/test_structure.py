@@ -12,7 +12,7 @@ import diffalign
 PACKAGE = Path(diffalign.__file__).parent
 LAYERS = [
     ("errors", "shipped", "_torchvision", "progress", "rng", "strict", "counting"),
-    ("paths", "losses"),
+    ("paths", "losses", "advantages"),
     ("types",),
     ("denoisers", "sampling", "tiny"),
     ("models", "checkpoint", "environment", "attention"),
