@@ -9,6 +9,7 @@ from diffalign.types.denoisers import Cond as Cond
 from diffalign.types.denoisers import Denoiser as Denoiser
 from diffalign.types.denoisers import Encoder as Encoder
 from diffalign.types.methods import ALONE as ALONE
+from diffalign.types.methods import FollowsOld as FollowsOld
 from diffalign.types.methods import Items as Items
 from diffalign.types.methods import Method as Method
 from diffalign.types.methods import Needs as Needs
@@ -20,6 +21,7 @@ from diffalign.types.methods import Scored as Scored
 from diffalign.types.methods import Selection as Selection
 from diffalign.types.methods import Shared as Shared
 from diffalign.types.methods import StepLoss as StepLoss
+from diffalign.types.methods import TrainsAtLevels as TrainsAtLevels
 from diffalign.types.methods import alone as alone
 from diffalign.types.rewards import Credit as Credit
 from diffalign.types.rewards import DifferentiableReward as DifferentiableReward

@@ -173,3 +173,36 @@ class OnlineMethod(Method, Protocol):
     def select(self, scored: Scored, generator: torch.Generator) -> Selection:
         """What of a round is trained on; a pure function of the scores and of what `generator` draws."""
         ...
+
+
+@runtime_checkable
+class FollowsOld(Protocol):
+    """A method with an old policy: after every round old <- d old + (1 - d) policy."""
+
+    def old_decay(self, step: int) -> float:
+        """d, after so many optimizer steps of the run."""
+        ...
+
+    def old_samples(self, step: int) -> bool:
+        """Whether the old policy makes the images of a round that starts at this step; else the trained one does."""
+        ...
+
+
+@runtime_checkable
+class TrainsAtLevels(Protocol):
+    """A method that trains an image of a round several times, each time at another t and noise."""
+
+    def passes(self, moves: int) -> int:
+        """How many times, after a walk of so many moves.
+
+        Raises:
+            InputError: The walk is too short for what the method was told.
+        """
+        ...
+
+    def train_levels(self, moves: int, generator: torch.Generator) -> tuple[int, ...] | None:
+        """Numbers of the moves at whose t one image is trained, one for each pass; None leaves t to the noise path.
+
+        Where `needs.whole_groups`, all images of a group are trained at what one call draws.
+        """
+        ...
