@@ -206,18 +206,19 @@ def error_factor(
 ) -> Float[Tensor, " b"]:
     """Squared error in `space` divided by the squared native error, at equal x_t.
 
-    At fixed x_t an error in one parametrisation is a multiple of the error in another: the eps-error is alpha_t^2
-    times the v-error (DDPM and flow alike) and (alpha_t / sigma_t)^2 times the x_0-error.
+    At fixed x_t an error in one parametrisation is a multiple of the error in another: squared, the eps-error is
+    alpha_t^2 and the x_0-error sigma_t^2 times the v-error (DDPM and flow alike). For a network that predicts v this
+    holds at pure noise too, where alpha_t = 0.
 
     Paper: Liu et al., "Improving Video Generation with Human Feedback", arXiv 2501.13918: beta_t = beta (1 - t)^2 of
     Flow-DPO is `space = "eps"` on a flow model.
     """
     alpha_t, sigma_t = path.coefficients(t)
-    if space == "native":
-        return torch.ones_like(alpha_t)
-    to_eps = {"eps": torch.ones_like(alpha_t), "v": alpha_t**2, "x0": (alpha_t / sigma_t) ** 2}
     native = {"epsilon": "eps", "v_prediction": "v", "velocity": "v", "sample": "x0"}[prediction]
-    return to_eps[native] / to_eps[space]
+    if space in ("native", native):
+        return torch.ones_like(alpha_t)
+    from_v = {"eps": alpha_t**2, "v": torch.ones_like(alpha_t), "x0": sigma_t**2}
+    return from_v[space] / from_v[native]
 
 
 def broadcast(coefficient: Shaped[Tensor, " b"], like: Shaped[Tensor, " b *rest"]) -> Shaped[Tensor, " b *ones"]:

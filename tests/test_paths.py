@@ -80,6 +80,13 @@ def test_error_factors_match_the_reference_values():
     assert paths.error_factor(flow(), "velocity", "x0", t).item() == pytest.approx(0.09, abs=1e-12)
 
 
+def test_at_pure_noise_an_error_in_v_is_one_in_x0_and_none_in_eps():
+    zero_snr = DDPMPath(alpha_bar=torch.tensor([0.6, 0.0]))
+    for path, prediction, t in ((zero_snr, "v_prediction", torch.tensor([1])), (flow(), "velocity", torch.ones(1))):
+        assert paths.error_factor(path, prediction, "x0", t).tolist() == [1.0]
+        assert paths.error_factor(path, prediction, "eps", t).tolist() == [0.0]
+
+
 @pytest.mark.parametrize("path", [ddpm(), flow(), flow(3.0)], ids=["ddpm", "flow", "shifted flow"])
 def test_the_draw_of_t_does_not_depend_on_the_batch(path):
     together = path.sample_t(SampleRng(7, (0, 1, 2, 3)))
