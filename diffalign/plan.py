@@ -185,8 +185,13 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False) ->
         timed: Take three real steps on random weights on the device.
 
     Raises:
-        InputError: The model's configs are not there, or the device to measure on is not.
+        InputError: The model's configs or the device to measure on are not there, or the method makes its own images.
     """
+    if cfg.online is not None:
+        raise InputError(
+            "config.online must be left out of what is planned, whose work is counted for methods on data; run one "
+            "round (train.steps = online.updates) and read the seconds in metrics.jsonl"
+        )
     device = planned_device(cfg, memory)
     if timed:
         need_device(cfg, device)

@@ -21,7 +21,6 @@ from diffalign.denoisers.unet import SD
 from diffalign.errors import InputError, RunError
 from diffalign.fit import fit
 from diffalign.leaner import leaner
-from diffalign.methods import METHODS
 from diffalign.models.load import detect_family, load_scheduler_config, pipeline_index
 from diffalign.models.lora import add_lora
 from diffalign.models.policy import load_policy
@@ -34,6 +33,7 @@ from diffalign.workload import evaluations
 from tests import worlds
 from tests.builders import tiny_tokenizer
 from tests.test_train import config as run_config
+from tests.toys import ON_DATA
 
 CONFIGS = sorted(f.stem for f in shipped.configs().glob("tiny_*.toml"))
 SD15_FLOP = 0.803e12
@@ -173,7 +173,7 @@ def test_memory_of_the_fifth_world_is_what_a_real_step_holds(fifth, changes):
     check_memory(cfg, SD, SD.make_denoiser(net, load_scheduler_config(cfg.model), None))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ON_DATA)
 def test_evaluations_are_those_of_the_method_itself(name):
     counts = {
         "cpo": (2, 0), "diffusion_dpo": (2, 2), "diffusion_kto": (1, 1), "dmpo": (2, 2), "linear_dpo": (2, 2),

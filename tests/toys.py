@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffalign import paths
+from diffalign.methods import METHODS
 from diffalign.paths import DDPMPath, FlowPath, NoisePath, Prediction, TimestepSampling
 from diffalign.types import Cond, ImageBatch, PairBatch
 
@@ -107,3 +108,7 @@ class Planted:
         eps = (x_t - alpha_t * self.x_0) / sigma_t
         true = paths.target(self.path, self.prediction, self.x_0, eps, t)
         return true + paths.broadcast(self.errors.sqrt(), x_t)
+
+
+ON_DATA = [name for name, cls in METHODS.items() if cls().needs.data != "prompts"]
+"""Methods that train on images of the data."""

@@ -95,6 +95,9 @@ def _history(folder: Path, table: Mapping[str, Any]) -> History:
     for start, (spec, why) in _PUBLISHED.items():
         if data.startswith(start) or ("labels" not in card and card.get("source", "").startswith(start)):
             seen.append(Seen(spec=spec, role="labeller", reason=f"{why}, on which {folder} was trained"))
+    own = table.get("online", {})
+    for spec in [*own.get("rewards", ()), *([own["set_reward"]] if "set_reward" in own else [])]:
+        seen.append(Seen(spec=spec, role="trained_on", reason=f"{folder} was trained on its scores"))
     complete = bool(seen)
     if _takes_scores(table):
         if "scores" in card:

@@ -1,8 +1,13 @@
 """Methods: one paper, one file, one line in `METHODS`."""
 
+from diffalign.methods.awm import AWM
 from diffalign.methods.cpo import CPO
+from diffalign.methods.crd import CRD
+from diffalign.methods.d3po import D3PO
+from diffalign.methods.dgpo import DGPO
 from diffalign.methods.diffusion_dpo import DiffusionDPO
 from diffalign.methods.diffusion_kto import DiffusionKTO
+from diffalign.methods.diffusion_nft import DiffusionNFT
 from diffalign.methods.dmpo import DMPO
 from diffalign.methods.inpo import InPO
 from diffalign.methods.linear_dpo import LinearDPO
@@ -16,9 +21,14 @@ from diffalign.methods.smpo import SmPO
 from diffalign.methods.spin import SPINDiffusion
 
 METHODS: dict[str, type] = {
+    "awm": AWM,
     "cpo": CPO,
+    "crd": CRD,
+    "d3po": D3PO,
+    "dgpo": DGPO,
     "diffusion_dpo": DiffusionDPO,
     "diffusion_kto": DiffusionKTO,
+    "diffusion_nft": DiffusionNFT,
     "dmpo": DMPO,
     "inpo": InPO,
     "linear_dpo": LinearDPO,
