@@ -6,7 +6,6 @@ same twice. Log-mel bands are computed in torch with the extractor's own filters
 float32: 8e-6 dB is the largest difference measured. So scores and gradients have one front end.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from diffalign.errors import InputError, near_match
 from diffalign.progress import loading
 from diffalign.rewards.audio import mono_clips, silent
-from diffalign.rewards.clip import SCALES
+from diffalign.rewards.cosine import SCALES, scale_of
 from diffalign.rewards.inputs import check_batch
 from diffalign.rewards.log_mel import magnitudes
 from diffalign.types import Embedded, Modality, RewardBatch, RewardOutput
@@ -210,10 +209,8 @@ class CLAPReward:
         device: torch.device | str = "cpu",
     ) -> None:
         """Names a model, or takes an `encoder` as it is."""
-        if scale not in SCALES:
-            raise InputError(f"reward clap: scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        self.scale, self._scale = scale, scale_of(self.name, scale, SCALES)
         self.encoder = encoder or CLAPEncoder(model, revision=revision, batch_size=batch_size, device=device)
-        self.scale = scale
 
     @property
     def version(self) -> str:
@@ -222,9 +219,7 @@ class CLAPReward:
     @property
     def range(self) -> tuple[float, float]:
         """Of any cosine on this scale; not bounded for "logit", whose factor is the model's."""
-        chosen = SCALES[self.scale]
-        bound = math.inf if chosen.learned else chosen.factor
-        return (-bound, bound)
+        return self._scale.range
 
     def to(self, device: torch.device | str) -> "CLAPReward":
         self.encoder.to(device)
@@ -242,8 +237,7 @@ class CLAPReward:
 
     @property
     def _factor(self) -> float:
-        chosen = SCALES[self.scale]
-        return self.encoder.logit_scale if chosen.learned else chosen.factor
+        return self.encoder.logit_scale if self._scale.learned else self._scale.factor
 
     def _cos(self, batch: RewardBatch) -> Float[Tensor, " b"]:
         check_batch(batch, self.name, self.requires)

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from diffalign.errors import InputError, near_match
 from diffalign.progress import loading
-from diffalign.rewards.cosine import NEEDS, SCALES, CosineScore
+from diffalign.rewards.cosine import SCALES, CosineReward
 from diffalign.rewards.frontend import FrontEnd
 from diffalign.rewards.openclip import OpenCLIPEncoder, OpenCLIPParts, open_clip
-from diffalign.types import Modality, RewardBatch, RewardOutput
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -31,7 +30,7 @@ BLOCKS, BLOCK = 10, 80
 """Of the benchmark's 800 prompts a style."""
 
 
-class HPSv2Reward:
+class HPSv2Reward(CosineReward):
     """How well people rank this image for this prompt, v2.1 or v2.0; 100 x cosine, mostly 15 to 35.
 
     Only images of one prompt compare, and only under one version. `scale` is "x100" (the benchmark's) or "cos". `raw`
@@ -46,9 +45,6 @@ class HPSv2Reward:
     """
 
     name = "hpsv2"
-    requires = NEEDS
-    modality: Modality = "image"
-    differentiable = True
     licence = "Apache-2.0"
 
     def __init__(
@@ -76,30 +72,9 @@ class HPSv2Reward:
         load = partial(_load, model, hps_version, revision)
         options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "device": device}
         self.hps_version = hps_version
-        self.encoder = encoder or OpenCLIPEncoder(place, load=load, **options)
         scales = {"x100": SCALES["x100"], "cos": SCALES["cos"]}
-        self._cosine = CosineScore(reward=self.name, encoder=self.encoder, scale=scale, scales=scales)
-
-    @property
-    def version(self) -> str:
-        return f"HPS {self.hps_version}: {self._cosine.version}"
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Of any cosine on this scale."""
-        return self._cosine.range
-
-    def to(self, device: torch.device | str) -> "HPSv2Reward":
-        self.encoder.to(device)
-        return self
-
-    def score(self, batch: RewardBatch) -> RewardOutput:
-        """Scores by the reference front end, on the images' device."""
-        return self._cosine.score(batch)
-
-    def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, " b"]:
-        """Scores by the tensor front end, with gradient to the images."""
-        return self._cosine.differentiable(batch)
+        self._open(encoder or OpenCLIPEncoder(place, load=load, **options), scale, scales)
+        self.version = f"HPS {hps_version}: {self.version}"
 
 
 @dataclass(frozen=True, kw_only=True)
