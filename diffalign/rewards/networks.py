@@ -1,0 +1,55 @@
+"""How rewards read networks: what a library raises becomes one line, and no weight is left at random."""
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from diffalign.errors import InputError
+from diffalign.progress import loading
+
+_LENGTH = 300
+"""Letters of a library's message that are shown."""
+
+
+@contextmanager
+def reading(must: str, got: str) -> Iterator[None]:
+    """Turns what libraries raise over a file or a model into `<must>, got <got>: <why>`.
+
+    Raises:
+        InputError: In place of theirs.
+    """
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        why = " ".join(str(error).split())[:_LENGTH]
+        raise InputError(f"{must}, got {got!r}: {why}") from error
+
+
+def whole_network(read: Callable[..., Any], model: str, revision: str | None, *, where: str, kind: str) -> Any:
+    """A network of transformers or diffusers in float32, to be used and not trained.
+
+    Args:
+        read: Its class's `from_pretrained`, with the options that it needs.
+        model: A folder or a hub id.
+        revision: Of the model on the hub.
+        where: What is read and for whom, for messages: "encoder dino: model".
+        kind: What it must be: "a ViT".
+
+    Raises:
+        InputError: It cannot be read, or lacks weights, which the library would draw at random.
+    """
+    with reading(f"{where} must be {kind}", model), loading(model):
+        net, found = read(model, revision=revision, weights_only=True, dtype=torch.float32, output_loading_info=True)
+    if found["missing_keys"]:
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise InputError(f"{where} must hold all weights, got {model!r} without {missing}")
+    return net.eval().requires_grad_(False)
+
+
+def pinned(model: str, revision: str | None) -> str:
+    """A model's name with its revision, if one is pinned."""
+    return model if revision is None else f"{model}@{revision}"
