@@ -6,16 +6,15 @@ clamped), which agrees with the reference to about 0.002 in the cosine.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffalign.errors import InputError
-from diffalign.progress import loading
 from diffalign.rewards.cosine import CosineReward
 from diffalign.rewards.frontend import FrontEnd
+from diffalign.rewards.networks import pinned, reading, whole_network
 from diffalign.rewards.towers import TwoTowers
 from diffalign.shipped import MODELS, resolve
 
@@ -64,8 +63,7 @@ class CLIPEncoder(TwoTowers):
             parts: In place of what `model` names.
         """
         self.model, self.revision, self.processor = model, revision, processor
-        name = model if revision is None else f"{model}@{revision}"
-        self._open(name, dtype=dtype, batch_size=batch_size, device=device, parts=parts)
+        self._open(pinned(model, revision), dtype=dtype, batch_size=batch_size, device=device, parts=parts)
 
     @property
     def width(self) -> int:
@@ -77,16 +75,11 @@ class CLIPEncoder(TwoTowers):
 
         path = resolve(self.model, MODELS)
         beside, revision = (path, self.revision) if self.processor is None else (self.processor, None)
-        try:
-            with loading(path):
-                net = CLIPModel.from_pretrained(path, revision=self.revision, use_safetensors=True, dtype=torch.float32)
+        kind, read = "a CLIP model in safetensors", partial(CLIPModel.from_pretrained, use_safetensors=True)
+        net = whole_network(read, path, self.revision, where="reward model", kind=kind)
+        with reading(f"reward model must be {kind}", beside):
             processor = CLIPImageProcessorPil.from_pretrained(beside, revision=revision)
             tokenizer = CLIPTokenizer.from_pretrained(beside, revision=revision)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"reward model must be a CLIP model in safetensors, got {self.model!r}: {reason}"
-            ) from error
         return CLIPParts(net=net, processor=processor, tokenizer=tokenizer)
 
     def _image_features(self, pixels: Tensor) -> Tensor:

@@ -40,13 +40,15 @@ def whole_network(read: Callable[..., Any], model: str, revision: str | None, *,
         kind: What it must be: "a ViT".
 
     Raises:
-        InputError: It cannot be read, or lacks weights, which the library would draw at random.
+        InputError: It cannot be read, or lacks weights, which the library would draw at random. Whole numbers may be
+            missing: positions and their like, which old files do not hold, are alike in every model.
     """
     with reading(f"{where} must be {kind}", model), loading(model):
         net, found = read(model, revision=revision, weights_only=True, dtype=torch.float32, output_loading_info=True)
-    if found["missing_keys"]:
-        missing = ", ".join(sorted(found["missing_keys"])[:3])
-        raise InputError(f"{where} must hold all weights, got {model!r} without {missing}")
+    learned = {name for name, held in net.state_dict().items() if held.is_floating_point()}
+    missing = sorted(learned & set(found["missing_keys"]))
+    if missing:
+        raise InputError(f"{where} must hold all weights, got {model!r} without {', '.join(missing[:3])}")
     return net.eval().requires_grad_(False)
 
 
