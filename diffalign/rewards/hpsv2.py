@@ -4,7 +4,6 @@ The front end is a letterbox: longer side to 224, zeros around. Numbers of v2.0 
 of two prompts.
 """
 
-import pickle
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from diffalign.errors import InputError, near_match
 from diffalign.progress import loading
 from diffalign.rewards.cosine import SCALES, CosineReward
 from diffalign.rewards.frontend import FrontEnd
+from diffalign.rewards.networks import pinned, read_file, reading
 from diffalign.rewards.openclip import OpenCLIPEncoder, OpenCLIPParts, open_clip
 
 REPOSITORY = "xswu/HPSv2"
@@ -68,7 +68,7 @@ class HPSv2Reward(CosineReward):
         other = [version for version, name in FILES.items() if model and Path(model).name == name != FILES[hps_version]]
         if other:
             raise InputError(f"reward hpsv2: hps_version must be {other[0]!r} for {model!r}, got {hps_version!r}")
-        place = model or f"{REPOSITORY}/{FILES[hps_version]}" + (f"@{revision}" if revision else "")
+        place = model or pinned(f"{REPOSITORY}/{FILES[hps_version]}", revision)
         load = partial(_load, model, hps_version, revision)
         options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "device": device}
         self.hps_version = hps_version
@@ -128,30 +128,17 @@ def _load(model: str | None, hps_version: str, revision: str | None) -> OpenCLIP
 
 def _download(hps_version: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    must = "reward hpsv2: model must be a file of your own where the Hub's cannot be had"
+    with reading(must, f"{REPOSITORY}/{FILES[hps_version]}"):
         return Path(hf_hub_download(REPOSITORY, FILES[hps_version], revision=revision))
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"reward hpsv2 must get {FILES[hps_version]} of {REPOSITORY}, got none: {reason}; "
-            "model= takes a file of your own"
-        ) from error
 
 
 def _read(file: Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint, read without running code."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"reward hpsv2 must have a readable checkpoint, got {str(file)!r}: {reason}") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise InputError(f"reward hpsv2 must have a checkpoint with 'state_dict', got {type(checkpoint).__name__}")
-    return checkpoint["state_dict"]
+    held = read_file(file, "reward hpsv2: checkpoint")
+    if file.suffix == ".safetensors":
+        return held
+    if not isinstance(held, dict) or not isinstance(held.get("state_dict"), dict):
+        raise InputError(f"reward hpsv2: checkpoint must be one with 'state_dict', got {type(held).__name__}")
+    return held["state_dict"]

@@ -3,10 +3,14 @@
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from diffalign.errors import InputError
 from diffalign.progress import loading
@@ -50,6 +54,30 @@ def whole_network(read: Callable[..., Any], model: str, revision: str | None, *,
     if missing:
         raise InputError(f"{where} must hold all weights, got {model!r} without {', '.join(missing[:3])}")
     return net.eval().requires_grad_(False)
+
+
+def read_state(file: Path, what: str) -> dict[str, Tensor]:
+    """Tensors of a file by name; arrays become tensors.
+
+    Raises:
+        InputError: It cannot be read as `read_file` does, or holds something else.
+    """
+    state = read_file(file, what)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor | np.ndarray) for value in state.values()):
+        raise InputError(f"{what} must be a state dict, got {type(state).__name__} in {str(file)!r}")
+    return {name: torch.as_tensor(value) for name, value in state.items()}
+
+
+def read_file(file: Path, what: str) -> Any:
+    """What a .safetensors file holds, or a pickle, which is read without running code.
+
+    Raises:
+        InputError: It is missing, damaged, or would run code.
+    """
+    with reading(f"{what} must be readable", str(file)):
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def pinned(model: str, revision: str | None) -> str:

@@ -5,7 +5,6 @@ only warns when a plain architecture is asked for them. Here the tag decides; of
 architecture's name has to say it ("ViT-L-14-quickgelu").
 """
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,6 +18,7 @@ from diffalign.errors import InputError, near_match
 from diffalign.progress import loading
 from diffalign.rewards.cosine import CosineReward
 from diffalign.rewards.frontend import FrontEnd, Resize
+from diffalign.rewards.networks import reading
 from diffalign.rewards.towers import TwoTowers
 
 DEFAULT_MODEL = "ViT-H-14/laion2b_s32b_b79k"
@@ -132,15 +132,10 @@ def load_parts(model: str) -> OpenCLIPParts:
     if not package.is_pretrained_cfg(name, weights) and not Path(weights).is_file():
         hint = near_match(weights, package.list_pretrained_tags_by_model(name))
         raise InputError(f"open_clip model {name} must get a known tag or a file of weights, got {weights!r}{hint}")
-    try:
-        with loading(model):
-            net = package.create_model(
-                name, weights, force_quick_gelu=wants_quick_gelu(name, weights), require_pretrained=True
-            )
+    with reading("open_clip model must have weights that can be read", model), loading(model):
+        quick = wants_quick_gelu(name, weights)
+        net = package.create_model(name, weights, force_quick_gelu=quick, require_pretrained=True)
         tokenizer = package.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"open_clip model must have weights that can be read, got {model!r}: {reason}") from error
     return OpenCLIPParts(net=net, tokenizer=tokenizer, front=front_of(package.get_model_preprocess_cfg(net)))
 
 
