@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from diffalign import rewards
@@ -328,6 +329,23 @@ def test_clap_from_a_folder_scores_as_from_memory(parts, sounds, tmp_path):
     )
     assert not loaded.encoder.parts.net.training
     assert {p.dtype for p in loaded.encoder.parts.net.parameters()} == {torch.float32}
+
+
+def test_a_file_may_lack_positions_but_no_weight(parts, sounds, tmp_path):
+    for part in (parts.net, parts.extractor, parts.tokenizer):
+        part.save_pretrained(tmp_path)
+    batch = batch_of(sounds, PROMPTS)
+    state = load_file(tmp_path / "model.safetensors")
+    positions = {name for name in state if name.endswith(("position_ids", "token_type_ids", "relative_position_index"))}
+    assert positions
+    save_file({k: v for k, v in state.items() if k not in positions}, tmp_path / "model.safetensors")
+    torch.testing.assert_close(
+        CLAPReward(str(tmp_path)).score(batch).scores, CLAPReward(encoder=CLAPEncoder(parts=parts)).score(batch).scores
+    )
+    for name in ("audio_projection.linear2.weight", "audio_model.audio_encoder.batch_norm.running_mean"):
+        save_file({k: v for k, v in state.items() if k != name}, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=f"must hold all weights, got .* without {name}"):
+            CLAPReward(str(tmp_path)).score(batch)
 
 
 def test_clap_reads_no_weights_before_it_scores_and_names_a_missing_model(sounds):

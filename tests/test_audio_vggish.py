@@ -204,7 +204,7 @@ def test_weights_from_a_file_embed_as_from_memory(small, net, tmp_path, suffix):
 def test_no_weights_are_read_before_they_are_needed(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"not a pickle")
     encoder = VGGishEncoder(str(tmp_path / "broken.pth"))
-    with pytest.raises(InputError, match="must have a readable file"):
+    with pytest.raises(InputError, match="file must be readable"):
         encoder.embed(audio_batch(noise(0, 16_000), rate_hz=RATE))
 
 
@@ -232,7 +232,7 @@ def test_whitening_is_that_of_audioset(net, tmp_path, kind):
 
 def test_a_file_that_would_run_code_is_not_read(tmp_path):
     torch.save({"weight": tmp_path}, tmp_path / "bad.pth")
-    with pytest.raises(InputError, match="must have a readable file"):
+    with pytest.raises(InputError, match="file must be readable"):
         VGGishEncoder(str(tmp_path / "bad.pth")).embed(audio_batch(noise(0, 16_000), rate_hz=RATE))
 
 
@@ -247,7 +247,7 @@ def test_other_weights_are_refused_with_the_key_that_is_wrong(small, tmp_path):
     assert "got also head.weight" in message(small | {"head.weight": torch.zeros(1)})
     wrong = small | {"features.0.weight": torch.zeros(2, 3, 3, 3)}
     assert "features.0.weight of shape (2, 1, 3, 3), got (2, 3, 3, 3)" in message(wrong)
-    assert "must have a state dict, got list" in message([torch.zeros(1)])
+    assert "must be a state dict, got list" in message([torch.zeros(1)])
 
 
 def test_a_pca_file_of_other_tensors_is_refused(net, tmp_path):

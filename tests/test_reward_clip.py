@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.true_size import filled, vit_l_14
 from diffalign.errors import InputError
@@ -109,6 +110,14 @@ def test_processor_and_tokenizer_may_lie_elsewhere(parts, tmp_path):
     torch.testing.assert_close(CLIPReward(encoder=split).score(batch).scores, expected)
     with pytest.raises(InputError, match="must be a CLIP model"):
         CLIPReward(str(tmp_path / "net")).score(batch)
+
+
+def test_a_file_without_a_weight_is_refused(parts, tmp_path):
+    save_clip(parts, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in state.items() if k != "visual_projection.weight"}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"must hold all weights, got .* without visual_projection\.weight"):
+        CLIPReward(str(tmp_path)).score(batch_of([0]))
 
 
 @pytest.mark.slow

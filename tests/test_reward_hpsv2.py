@@ -157,7 +157,7 @@ def test_what_is_no_checkpoint_is_refused_and_runs_no_code(checkpoint, tmp_path)
     torch.save({"state_dict": Path("x")}, tmp_path / "code.pt")
     torch.save({"weights": {}}, tmp_path / "other.pt")
     for name in ("damaged.pt", "damaged.safetensors", "code.pt", "absent.pt"):
-        with pytest.raises(InputError, match="readable checkpoint"):
+        with pytest.raises(InputError, match="checkpoint must be readable"):
             HPSv2Reward(str(tmp_path / name)).score(batch_of([0]))
     with pytest.raises(InputError, match="with 'state_dict'"):
         HPSv2Reward(str(tmp_path / "other.pt")).score(batch_of([0]))

@@ -257,7 +257,7 @@ def test_aesthetic_without_a_head_says_what_to_give():
 def test_a_head_that_would_run_code_is_not_read(tmp_path, parts):
     torch.save({"weight": Path("x")}, tmp_path / "bad.pth")
     reward = AestheticReward(str(tmp_path / "bad.pth"), encoder=CLIPEncoder(parts=parts))
-    with pytest.raises(InputError, match="readable head"):
+    with pytest.raises(InputError, match="head must be readable"):
         reward.head  # noqa: B018
 
 

@@ -302,6 +302,11 @@ def test_fad_of_single_clips_and_of_endless_sets(tmp_path):
         reward.per_clip(clips(3, 1, frames=1))
 
 
+def test_fad_speaks_under_its_own_name():
+    with pytest.raises(InputError, match="'fad' must get a reference set first"):
+        FADReward(SampleEncoder()).score_set([clips(6, 3)])
+
+
 def test_fad_takes_encoders_of_audio_only():
     with pytest.raises(InputError, match="must get an encoder of audio, got 'pixels, 1'; use 'frechet'"):
         FADReward(PixelEncoder())

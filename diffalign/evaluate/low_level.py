@@ -3,13 +3,12 @@
 Rewards can often be raised by these alone. Each function takes RGB images in [0, 1] and gives one number an image.
 """
 
-import io
-
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+
+from diffalign.rewards.jpeg import jpeg_kb
 
 _LUMA = (0.299, 0.587, 0.114)
 """Rec. 601, as in Pillow's conversion to gray."""
@@ -39,7 +38,7 @@ def contrast(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
 
 def clipped(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
     """Share of pixels that have a channel at 0 or 255 in 8 bit."""
-    bytes_ = _rounded(images)
+    bytes_ = (images.clamp(0, 1) * 255).round()
     return ((bytes_ == 0) | (bytes_ == 255)).any(1).float().mean((1, 2))
 
 
@@ -51,26 +50,6 @@ def detail(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
     return F.conv2d(luma(images)[:, None], kernel[None, None]).flatten(1).var(1, correction=0)
 
 
-def jpeg_kb(images: Float[Tensor, "b 3 h w"], quality: int = 95) -> Float[Tensor, " b"]:
-    """Size as JPEG in units of 1000 bytes; grows with the number of pixels and depends on the encoder."""
-    return images.new_tensor([len(jpeg(image, quality)) / 1000 for image in images])
-
-
 def luma(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w"]:
     """Brightness as Rec. 601 weighs the channels."""
     return torch.einsum("c,bchw->bhw", images.new_tensor(_LUMA), images)
-
-
-def jpeg(image: Float[Tensor, "3 h w"], quality: int) -> bytes:
-    """An image as JPEG with Pillow's default 4:2:0 subsampling."""
-    from PIL import Image
-
-    held = io.BytesIO()
-    array = _rounded(image).byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(np.ascontiguousarray(array)).save(held, format="JPEG", quality=quality)
-    return held.getvalue()
-
-
-def _rounded(images: Float[Tensor, "*b c h w"]) -> Float[Tensor, "*b c h w"]:
-    """0..255 in whole numbers."""
-    return (images.clamp(0, 1) * 255).round()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.data.images import to_tensor
-from diffalign.evaluate.low_level import jpeg
+from diffalign.rewards.jpeg import jpeg
 
 Images = Float[Tensor, "b 3 h w"]
 

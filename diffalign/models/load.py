@@ -3,6 +3,7 @@
 Only safetensors are read. Nothing is loaded that was not asked for: training from a cache takes the denoiser alone.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,11 +181,13 @@ def load_vae_config(source: ModelSource) -> dict[str, Any]:
 
 
 def load_net_config(source: ModelSource, family: Family) -> dict[str, Any]:
-    """Sizes of the pipeline's denoiser, without its weights."""
+    """Sizes of the pipeline's denoiser, without its weights; what a config leaves out is its class's default."""
     path = resolve(source.path, MODELS)
     with _one_line("model.path", path):
         cls: Any = family.net_class()
-        return dict(cls.load_config(path, subfolder=family.net, revision=source.revision))
+        named = {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values()}
+        defaults = {k: v for k, v in named.items() if v is not inspect.Parameter.empty}
+        return {**defaults, **cls.load_config(path, subfolder=family.net, revision=source.revision)}
 
 
 def vae_factor(source: ModelSource) -> int:

@@ -8,7 +8,6 @@ accident.
 import hashlib
 import itertools
 import json
-import pickle
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +15,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float64
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign.errors import InputError
 from diffalign.rewards.clip import DEFAULT_MODEL, CLIPEncoder
 from diffalign.rewards.inputs import images_of
+from diffalign.rewards.networks import read_state
 from diffalign.shipped import MODELS, resolve
 from diffalign.types import Modality, RewardBatch, RewardOutput
 
@@ -76,7 +74,7 @@ class AestheticReward:
     @cached_property
     def head(self) -> AffineHead:
         """The folded head of the file."""
-        return fold(_read(self.file))
+        return fold(read_state(self.file, "reward aesthetic: head"))
 
     @property
     def version(self) -> str:
@@ -157,18 +155,3 @@ def _locate(model: str) -> tuple[Path, str | None]:
             f"reward aesthetic must have a head that is a file or a folder, got {model!r}, which is missing"
         )
     return place, None
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"reward aesthetic must have a readable head, got {str(file)!r}: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(
-            f"reward aesthetic must have a head that is a state dict, got {type(state).__name__} in {file}"
-        )
-    return state

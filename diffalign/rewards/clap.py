@@ -6,10 +6,9 @@ same twice. Log-mel bands are computed in torch with the extractor's own filters
 float32: 8e-6 dB is the largest difference measured. So scores and gradients have one front end.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import InputError, near_match
-from diffalign.progress import loading
 from diffalign.rewards.audio import mono_clips, silent
-from diffalign.rewards.clip import SCALES
+from diffalign.rewards.cosine import SCALES, scale_of
 from diffalign.rewards.inputs import check_batch
 from diffalign.rewards.log_mel import magnitudes
+from diffalign.rewards.networks import pinned, reading, whole_network
 from diffalign.types import Embedded, Modality, RewardBatch, RewardOutput
 
 DEFAULT_MODEL = "laion/clap-htsat-unfused"
@@ -86,28 +85,19 @@ class CLAPEncoder:
     def parts(self) -> CLAPParts:
         from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 
-        try:
-            with loading(self.model):
-                net = ClapModel.from_pretrained(
-                    self.model, revision=self.revision, use_safetensors=True, dtype=torch.float32
-                )
+        kind, read = "a CLAP model in safetensors", partial(ClapModel.from_pretrained, use_safetensors=True)
+        net = whole_network(read, self.model, self.revision, where="reward model", kind=kind)
+        with reading(f"reward model must be {kind}", self.model):
             extractor = ClapFeatureExtractor.from_pretrained(self.model, revision=self.revision)
             tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"reward model must be a CLAP model in safetensors, got {self.model!r}: {reason}"
-            ) from error
-        net.eval().requires_grad_(False).to(self.device)
-        parts = CLAPParts(net=net, extractor=extractor, tokenizer=tokenizer)
+        parts = CLAPParts(net=net.to(self.device), extractor=extractor, tokenizer=tokenizer)
         _check_parts(parts, self.model)
         return parts
 
     @property
     def version(self) -> str:
-        name = self.model if self.revision is None else f"{self.model}@{self.revision}"
         hop = "end to end" if self.hop_seconds is None else f"every {self.hop_seconds:g} s"
-        return f"{name}, {self.pooling}, {hop}"
+        return f"{pinned(self.model, self.revision)}, {self.pooling}, {hop}"
 
     @property
     def width(self) -> int:
@@ -210,10 +200,8 @@ class CLAPReward:
         device: torch.device | str = "cpu",
     ) -> None:
         """Names a model, or takes an `encoder` as it is."""
-        if scale not in SCALES:
-            raise InputError(f"reward clap: scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        self.scale, self._scale = scale, scale_of(self.name, scale, SCALES)
         self.encoder = encoder or CLAPEncoder(model, revision=revision, batch_size=batch_size, device=device)
-        self.scale = scale
 
     @property
     def version(self) -> str:
@@ -222,9 +210,7 @@ class CLAPReward:
     @property
     def range(self) -> tuple[float, float]:
         """Of any cosine on this scale; not bounded for "logit", whose factor is the model's."""
-        chosen = SCALES[self.scale]
-        bound = math.inf if chosen.learned else chosen.factor
-        return (-bound, bound)
+        return self._scale.range
 
     def to(self, device: torch.device | str) -> "CLAPReward":
         self.encoder.to(device)
@@ -242,8 +228,7 @@ class CLAPReward:
 
     @property
     def _factor(self) -> float:
-        chosen = SCALES[self.scale]
-        return self.encoder.logit_scale if chosen.learned else chosen.factor
+        return self.encoder.logit_scale if self._scale.learned else self._scale.factor
 
     def _cos(self, batch: RewardBatch) -> Float[Tensor, " b"]:
         check_batch(batch, self.name, self.requires)

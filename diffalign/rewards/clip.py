@@ -5,23 +5,18 @@ that numbers compare with published ones. Gradients go through a tensor version 
 clamped), which agrees with the reference to about 0.002 in the cosine.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.errors import InputError
-from diffalign.progress import loading
-from diffalign.rewards import cosine
-from diffalign.rewards.cosine import NEEDS, SCALES, CosineScore
+from diffalign.rewards.cosine import CosineReward
 from diffalign.rewards.frontend import FrontEnd
-from diffalign.rewards.inputs import images_of
+from diffalign.rewards.networks import pinned, reading, whole_network
+from diffalign.rewards.towers import TwoTowers
 from diffalign.shipped import MODELS, resolve
-from diffalign.types import Embedded, Modality, RewardBatch, RewardOutput
 
 DEFAULT_MODEL = "openai/clip-vit-large-patch14"
 
@@ -42,10 +37,8 @@ class CLIPParts:
         return FrontEnd.of(self.processor)
 
 
-class CLIPEncoder:
+class CLIPEncoder(TwoTowers):
     """Unit embeddings of images and prompts; weights are read at the first use, from safetensors only."""
-
-    modality: Modality = "image"
 
     def __init__(
         self,
@@ -70,79 +63,27 @@ class CLIPEncoder:
             parts: In place of what `model` names.
         """
         self.model, self.revision, self.processor = model, revision, processor
-        self.dtype = cosine.dtype_of(dtype)
-        self.version = cosine.named(model, revision, dtype)
-        """Model id, revision, and dtype if it is not float32."""
-        self.batch_size = batch_size
-        self.device = torch.device(device)
-        if parts is not None:
-            self.parts = parts
-            cosine.place(parts.net, self.device, self.dtype)
-
-    @cached_property
-    def parts(self) -> CLIPParts:
-        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-
-        path = resolve(self.model, MODELS)
-        beside, revision = (path, self.revision) if self.processor is None else (self.processor, None)
-        try:
-            with loading(path):
-                net = CLIPModel.from_pretrained(path, revision=self.revision, use_safetensors=True, dtype=torch.float32)
-            processor = CLIPImageProcessorPil.from_pretrained(beside, revision=revision)
-            tokenizer = CLIPTokenizer.from_pretrained(beside, revision=revision)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"reward model must be a CLIP model in safetensors, got {self.model!r}: {reason}"
-            ) from error
-        cosine.place(net, self.device, self.dtype)
-        return CLIPParts(net=net, processor=processor, tokenizer=tokenizer)
+        self._open(pinned(model, revision), dtype=dtype, batch_size=batch_size, device=device, parts=parts)
 
     @property
     def width(self) -> int:
         """Elements of an embedding."""
         return int(self.parts.net.config.projection_dim)
 
-    @property
-    def logit_scale(self) -> float:
-        """exp of the model's learned log temperature."""
-        return float(self.parts.net.logit_scale.exp())
+    def _read(self) -> CLIPParts:
+        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    def logits(self, cos: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Cosines times `logit_scale`."""
-        return self.logit_scale * cos
-
-    def to(self, device: torch.device | str) -> "CLIPEncoder":
-        self.device = torch.device(device)
-        if "parts" in self.__dict__:
-            self.parts.net.to(self.device)
-        return self
-
-    def embed(self, batch: RewardBatch) -> Embedded:
-        """One unit row an image."""
-        images = images_of(batch, self.version, frozenset())
-        return Embedded(rows=self.embed_images(images), counts=(1,) * len(images))
-
-    def embed_with_graph(self, batch: RewardBatch) -> Embedded:
-        """One unit row an image, by the tensor front end."""
-        images = images_of(batch, self.version, frozenset())
-        return Embedded(rows=self.embed_images_with_graph(images), counts=(1,) * len(images))
-
-    def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit embeddings by the reference front end, without gradient; 0 where the model's embedding is 0."""
-        return cosine.image_rows(images, self.parts.front, self._image_features, self.batch_size).to(images.device)
-
-    def embed_images_with_graph(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit embeddings by the tensor front end, with gradient to the images."""
-        moved = images.to(self.device)
-        return cosine.image_rows_with_graph(moved, self.parts.front, self._image_features).to(images.device)
-
-    def embed_texts(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """Unit embeddings of prompts, cut to the model's context with the end token kept."""
-        return cosine.text_rows(prompts, self._text_features, self.batch_size)
+        path = resolve(self.model, MODELS)
+        beside, revision = (path, self.revision) if self.processor is None else (self.processor, None)
+        kind, read = "a CLIP model in safetensors", partial(CLIPModel.from_pretrained, use_safetensors=True)
+        net = whole_network(read, path, self.revision, where="reward model", kind=kind)
+        with reading(f"reward model must be {kind}", beside):
+            processor = CLIPImageProcessorPil.from_pretrained(beside, revision=revision)
+            tokenizer = CLIPTokenizer.from_pretrained(beside, revision=revision)
+        return CLIPParts(net=net, processor=processor, tokenizer=tokenizer)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return _pooled(self.parts.net.get_image_features(pixel_values=pixels.to(self.device, self.dtype))).float()
+        return _pooled(self.parts.net.get_image_features(pixel_values=pixels)).float()
 
     def _text_features(self, texts: list[str]) -> Tensor:
         length = self.parts.net.config.text_config.max_position_embeddings
@@ -150,7 +91,7 @@ class CLIPEncoder:
         return _pooled(self.parts.net.get_text_features(**tokens.to(self.device))).float()
 
 
-class CLIPReward:
+class CLIPReward(CosineReward):
     """Cosine of CLIP's image and prompt embeddings; 100 x cosine unless `scale` says otherwise.
 
     `scale` is "x100" (most papers' tables), "cos", or "logit" (times the model's own exp(logit_scale)). `raw` holds
@@ -161,9 +102,6 @@ class CLIPReward:
     """
 
     name = "clip"
-    requires = NEEDS
-    modality: Modality = "image"
-    differentiable = True
     licence = "MIT (weights of OpenAI and LAION)"
 
     def __init__(
@@ -179,29 +117,7 @@ class CLIPReward:
     ) -> None:
         """Names a model, or takes an `encoder` as it is."""
         options: dict[str, Any] = {"revision": revision, "dtype": dtype, "batch_size": batch_size, "device": device}
-        self.encoder = encoder or CLIPEncoder(model, **options)
-        self._cosine = CosineScore(reward=self.name, encoder=self.encoder, scale=scale, scales=SCALES)
-
-    @property
-    def version(self) -> str:
-        return self._cosine.version
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Of any cosine on this scale; not bounded for "logit", whose factor is the model's."""
-        return self._cosine.range
-
-    def to(self, device: torch.device | str) -> "CLIPReward":
-        self.encoder.to(device)
-        return self
-
-    def score(self, batch: RewardBatch) -> RewardOutput:
-        """Scores by the reference front end, on the images' device."""
-        return self._cosine.score(batch)
-
-    def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, " b"]:
-        """Scores by the tensor front end, with gradient to the images."""
-        return self._cosine.differentiable(batch)
+        self._open(encoder or CLIPEncoder(model, **options), scale)
 
 
 def _pooled(output: Any) -> Tensor:

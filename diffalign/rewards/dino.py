@@ -1,16 +1,15 @@
 """DINO's image embeddings, for similarity between images: trained without labels, it tells one dog from another."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.errors import InputError
-from diffalign.progress import loading
 from diffalign.rewards.frontend import IMAGENET_MEAN, IMAGENET_STD, FrontEnd
 from diffalign.rewards.inputs import images_of
+from diffalign.rewards.networks import pinned, whole_network
 from diffalign.types import Embedded, Modality, RewardBatch
 
 DEFAULT_MODEL = "facebook/dino-vits16"
@@ -49,28 +48,13 @@ class DINOEncoder:
     def net(self) -> Any:
         from transformers import ViTModel
 
-        try:
-            with loading(self.model):
-                net, found = ViTModel.from_pretrained(
-                    self.model,
-                    revision=self.revision,
-                    weights_only=True,
-                    dtype=torch.float32,
-                    add_pooling_layer=False,
-                    output_loading_info=True,
-                )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"encoder dino: model must be a ViT, got {self.model!r}: {reason}") from error
-        if found["missing_keys"]:
-            missing = ", ".join(sorted(found["missing_keys"])[:3])
-            raise InputError(f"encoder dino: model must hold all weights, got {self.model!r} without {missing}")
-        return net.eval().requires_grad_(False).to(self.device)
+        read = partial(ViTModel.from_pretrained, add_pooling_layer=False)
+        net = whole_network(read, self.model, self.revision, where="encoder dino: model", kind="a ViT")
+        return net.to(self.device)
 
     @property
     def version(self) -> str:
-        model = self.model if self.revision is None else f"{self.model}@{self.revision}"
-        return f"{model}, [CLS]"
+        return f"{pinned(self.model, self.revision)}, [CLS]"
 
     @property
     def width(self) -> int:

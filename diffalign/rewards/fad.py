@@ -6,7 +6,6 @@ N are not comparable. FAD-infinity is the intercept of a line through distances 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffalign.errors import InputError
-from diffalign.rewards.frechet import FrechetReward, per_sample
+from diffalign.rewards.frechet import FrechetDistance, per_sample
 from diffalign.rewards.gaussians import Gaussian, Side, frechet_distance
-from diffalign.rewards.sets import pieces
+from diffalign.rewards.sets import open_space, pieces
 from diffalign.rewards.statistics import Gather, Moments
 from diffalign.rng import generator
-from diffalign.types import Embedded, MediaEncoder, Modality, RewardBatch, SetOutput, alone
+from diffalign.types import Embedded, MediaEncoder, RewardBatch, alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ def _line(counts: Float64[Tensor, "s p"], found: Float64[Tensor, "s p"]) -> FADI
     )
 
 
-class FADReward:
+class FADReward(FrechetDistance):
     """Minus the Fréchet audio distance to a reference set of clips: CLAP embeddings, or "vggish" for classic FAD.
 
     `raw` holds the distance and its terms, positive. Distances of different encoders (one clip set: VGGish 5.1, CLAP
@@ -105,9 +104,6 @@ class FADReward:
     """
 
     name = "fad"
-    needs_reference = True
-    range = (float("-inf"), 0.0)
-    licence = "the encoder's"
 
     def __init__(
         self,
@@ -125,49 +121,9 @@ class FADReward:
             device: Where the encoder works.
             gather: Joins the rows of all processes, of which each then brings its share of a set.
         """
-        self.frechet = FrechetReward(encoder, encoder_options=encoder_options, device=device, gather=gather)
-        if self.frechet.modality != "audio":
+        self._open(open_space(self.name, encoder, encoder_options, device, gather))
+        if self.modality != "audio":
             raise InputError(f"set reward 'fad' must get an encoder of audio, got {self.version!r}; use 'frechet'")
-
-    @property
-    def version(self) -> str:
-        return self.frechet.version
-
-    @property
-    def modality(self) -> Modality:
-        return self.frechet.modality
-
-    @property
-    def requires(self) -> frozenset[str]:
-        return self.frechet.requires
-
-    def to(self, device: torch.device | str) -> "FADReward":
-        self.frechet.to(device)
-        return self
-
-    def fit_reference(self, batches: Iterable[RewardBatch]) -> None:
-        """Takes the reference clips: mean and covariance of all their embeddings."""
-        self.frechet.fit_reference(batches)
-
-    def save_reference(self, file: str | Path) -> None:
-        """Writes mean, factor and number of rows."""
-        self.frechet.save_reference(file)
-
-    def load_reference(self, file: str | Path) -> None:
-        """Reads them."""
-        self.frechet.load_reference(file)
-
-    def score_set(self, batches: Iterable[RewardBatch]) -> SetOutput:
-        """Minus the FAD of all batches together."""
-        return self.frechet.score_set(batches)
-
-    def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, ""]:
-        """Minus the FAD of one batch, with gradient to its clips."""
-        return self.frechet.differentiable_score(batch)
-
-    def credit(self, batch: RewardBatch, mode: str = "loo") -> Float[Tensor, " b"]:
-        """What each clip does for the FAD of the batch; "self" is minus its own FAD."""
-        return self.frechet.credit(batch, mode)
 
     @torch.no_grad()
     def per_clip(self, batch: RewardBatch) -> Float[Tensor, " b"]:
@@ -176,13 +132,13 @@ class FADReward:
         Raises:
             InputError: A clip with fewer than two embeddings.
         """
-        embedded = self.frechet.space.embed(batch)
-        return per_sample(embedded, self.frechet.held(embedded.rows)).float().to(embedded.rows.device)
+        embedded = self.space.embed(batch)
+        return per_sample(embedded, self.held(embedded.rows)).float().to(embedded.rows.device)
 
     @torch.no_grad()
     def infinity(
         self, batches: Iterable[RewardBatch], *, points: int = 15, shuffles: int = 5, seed: int = 0
     ) -> FADInfinity:
         """FAD-infinity of all batches together."""
-        embedded = self.frechet.space.collect(batches).embedded
-        return fad_infinity(embedded, self.frechet.held(embedded.rows), points=points, shuffles=shuffles, seed=seed)
+        embedded = self.space.collect(batches).embedded
+        return fad_infinity(embedded, self.held(embedded.rows), points=points, shuffles=shuffles, seed=seed)

@@ -8,6 +8,7 @@ the distance of the set without it minus the distance of the set, positive where
 with the transport map T of the whole set: one factorisation for all samples.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,40 +101,18 @@ def per_sample(x: Embedded, y: Gaussian) -> Float64[Tensor, " b"]:
     return torch.stack([frechet_distance(x.rows[piece], known, route="factor") for piece in pieces(x.counts)])
 
 
-class FrechetReward:
-    """Minus the Fréchet distance to a reference set in an encoder's space: FID's formula, CLIP embeddings by default.
+class FrechetDistance(ABC):
+    """A set reward by the Fréchet distance to a reference set; never made itself."""
 
-    `raw` holds the distance and its terms, positive. Distances of sets of different size, or in different encoders,
-    are not comparable: N samples of the reference itself are away from it by about D / N + D² / 4N times the variance
-    (`expected_bias`). Needs many more samples than the encoder has dimensions, unless sets of one size are compared.
-
-    Paper: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", arXiv
-    1706.08500.
-    """
-
-    name = "frechet"
     needs_reference = True
     range = (float("-inf"), 0.0)
     licence = "the encoder's"
+    space: Space
+    reference: Gaussian | None
 
-    def __init__(
-        self,
-        encoder: str | MediaEncoder = "clip",
-        *,
-        encoder_options: Mapping[str, Any] | None = None,
-        device: torch.device | str = "cpu",
-        gather: Gather = alone,
-    ) -> None:
-        """Names an encoder ("clip:tiny-clip"), or takes one as it is.
-
-        Args:
-            encoder: Its spec, or the encoder.
-            encoder_options: Keyword arguments of the encoder's class, where it is named.
-            device: Where the encoder works.
-            gather: Joins the rows of all processes, of which each then brings its share of a set.
-        """
-        self.space: Space = open_space(self.name, encoder, encoder_options, device, gather)
-        self.reference: Gaussian | None = None
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
 
     @property
     def version(self) -> str:
@@ -147,7 +126,7 @@ class FrechetReward:
     def requires(self) -> frozenset[str]:
         return self.space.requires
 
-    def to(self, device: torch.device | str) -> "FrechetReward":
+    def to(self, device: torch.device | str) -> "FrechetDistance":
         self.space.to(device)
         return self
 
@@ -208,3 +187,38 @@ class FrechetReward:
         if self.reference.mean.device != place:
             self.reference = self.reference.to(place)
         return self.reference
+
+    def _open(self, space: Space) -> None:
+        self.space, self.reference = space, None
+
+
+class FrechetReward(FrechetDistance):
+    """Minus the Fréchet distance to a reference set in an encoder's space: FID's formula, CLIP embeddings by default.
+
+    `raw` holds the distance and its terms, positive. Distances of sets of different size, or in different encoders,
+    are not comparable: N samples of the reference itself are away from it by about D / N + D² / 4N times the variance
+    (`expected_bias`). Needs many more samples than the encoder has dimensions, unless sets of one size are compared.
+
+    Paper: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", arXiv
+    1706.08500.
+    """
+
+    name = "frechet"
+
+    def __init__(
+        self,
+        encoder: str | MediaEncoder = "clip",
+        *,
+        encoder_options: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        gather: Gather = alone,
+    ) -> None:
+        """Names an encoder ("clip:tiny-clip"), or takes one as it is.
+
+        Args:
+            encoder: Its spec, or the encoder.
+            encoder_options: Keyword arguments of the encoder's class, where it is named.
+            device: Where the encoder works.
+            gather: Joins the rows of all processes, of which each then brings its share of a set.
+        """
+        self._open(open_space(self.name, encoder, encoder_options, device, gather))

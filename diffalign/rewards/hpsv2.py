@@ -4,7 +4,6 @@ The front end is a letterbox: longer side to 224, zeros around. Numbers of v2.0 
 of two prompts.
 """
 
-import pickle
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from diffalign.errors import InputError, near_match
 from diffalign.progress import loading
-from diffalign.rewards.cosine import NEEDS, SCALES, CosineScore
+from diffalign.rewards.cosine import SCALES, CosineReward
 from diffalign.rewards.frontend import FrontEnd
+from diffalign.rewards.networks import pinned, read_file, reading
 from diffalign.rewards.openclip import OpenCLIPEncoder, OpenCLIPParts, open_clip
-from diffalign.types import Modality, RewardBatch, RewardOutput
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -31,7 +30,7 @@ BLOCKS, BLOCK = 10, 80
 """Of the benchmark's 800 prompts a style."""
 
 
-class HPSv2Reward:
+class HPSv2Reward(CosineReward):
     """How well people rank this image for this prompt, v2.1 or v2.0; 100 x cosine, mostly 15 to 35.
 
     Only images of one prompt compare, and only under one version. `scale` is "x100" (the benchmark's) or "cos". `raw`
@@ -46,9 +45,6 @@ class HPSv2Reward:
     """
 
     name = "hpsv2"
-    requires = NEEDS
-    modality: Modality = "image"
-    differentiable = True
     licence = "Apache-2.0"
 
     def __init__(
@@ -72,34 +68,13 @@ class HPSv2Reward:
         other = [version for version, name in FILES.items() if model and Path(model).name == name != FILES[hps_version]]
         if other:
             raise InputError(f"reward hpsv2: hps_version must be {other[0]!r} for {model!r}, got {hps_version!r}")
-        place = model or f"{REPOSITORY}/{FILES[hps_version]}" + (f"@{revision}" if revision else "")
+        place = model or pinned(f"{REPOSITORY}/{FILES[hps_version]}", revision)
         load = partial(_load, model, hps_version, revision)
         options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "device": device}
         self.hps_version = hps_version
-        self.encoder = encoder or OpenCLIPEncoder(place, load=load, **options)
         scales = {"x100": SCALES["x100"], "cos": SCALES["cos"]}
-        self._cosine = CosineScore(reward=self.name, encoder=self.encoder, scale=scale, scales=scales)
-
-    @property
-    def version(self) -> str:
-        return f"HPS {self.hps_version}: {self._cosine.version}"
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Of any cosine on this scale."""
-        return self._cosine.range
-
-    def to(self, device: torch.device | str) -> "HPSv2Reward":
-        self.encoder.to(device)
-        return self
-
-    def score(self, batch: RewardBatch) -> RewardOutput:
-        """Scores by the reference front end, on the images' device."""
-        return self._cosine.score(batch)
-
-    def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, " b"]:
-        """Scores by the tensor front end, with gradient to the images."""
-        return self._cosine.differentiable(batch)
+        self._open(encoder or OpenCLIPEncoder(place, load=load, **options), scale, scales)
+        self.version = f"HPS {hps_version}: {self.version}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,30 +128,17 @@ def _load(model: str | None, hps_version: str, revision: str | None) -> OpenCLIP
 
 def _download(hps_version: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
+    must = "reward hpsv2: model must be a file of your own where the Hub's cannot be had"
+    with reading(must, f"{REPOSITORY}/{FILES[hps_version]}"):
         return Path(hf_hub_download(REPOSITORY, FILES[hps_version], revision=revision))
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"reward hpsv2 must get {FILES[hps_version]} of {REPOSITORY}, got none: {reason}; "
-            "model= takes a file of your own"
-        ) from error
 
 
 def _read(file: Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint, read without running code."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"reward hpsv2 must have a readable checkpoint, got {str(file)!r}: {reason}") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise InputError(f"reward hpsv2 must have a checkpoint with 'state_dict', got {type(checkpoint).__name__}")
-    return checkpoint["state_dict"]
+    held = read_file(file, "reward hpsv2: checkpoint")
+    if file.suffix == ".safetensors":
+        return held
+    if not isinstance(held, dict) or not isinstance(held.get("state_dict"), dict):
+        raise InputError(f"reward hpsv2: checkpoint must be one with 'state_dict', got {type(held).__name__}")
+    return held["state_dict"]

@@ -1,7 +1,6 @@
 """ImageReward: an affine head on BLIP's feature of an image and its prompt, standardised on its authors' data."""
 
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +9,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffalign.errors import InputError
@@ -20,6 +17,7 @@ from diffalign.rewards.aesthetic import AffineHead, fold
 from diffalign.rewards.blip import BLIP, BLIPSizes, check_state, load_blip, published_shapes
 from diffalign.rewards.frontend import FrontEnd
 from diffalign.rewards.inputs import images_of
+from diffalign.rewards.networks import pinned, read_state, reading
 from diffalign.types import Modality, RewardBatch, RewardOutput
 
 DEFAULT_MODEL = "THUDM/ImageReward"
@@ -92,13 +90,13 @@ class ImageRewardReward:
     @cached_property
     def parts(self) -> ImageRewardParts:
         file = _locate(self.model, self.revision)
-        parts = assemble(_read(file), _tokenizer(self.tokenizer or _beside(file)))
+        parts = assemble(read_state(file, "reward imagereward: weights"), _tokenizer(self.tokenizer or _beside(file)))
         parts.net.to(self.device)
         return parts
 
     @property
     def version(self) -> str:
-        return self.model if self.revision is None else f"{self.model}@{self.revision}"
+        return pinned(self.model, self.revision)
 
     def to(self, device: torch.device | str) -> "ImageRewardReward":
         self.device = torch.device(device)
@@ -181,25 +179,8 @@ def _locate(model: str, revision: str | None) -> Path:
         return place
     from huggingface_hub import hf_hub_download
 
-    try:
+    with reading(f"reward imagereward: model must be a file, a folder or a Hub id with {FILES[-1]}", model):
         return Path(hf_hub_download(model, FILES[-1], revision=revision))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"reward imagereward: model must be a file, a folder or a Hub id with {FILES[-1]}, got {model!r}: "
-            f"{_short(error)}"
-        ) from error
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"reward imagereward: weights must be readable, got {str(file)!r}: {_short(error)}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"reward imagereward: weights must be a state dict, got {type(state).__name__} in {file}")
-    return state
 
 
 def _beside(file: Path) -> str:
@@ -211,14 +192,5 @@ def _beside(file: Path) -> str:
 def _tokenizer(place: str) -> Any:
     from transformers import BertTokenizer
 
-    try:
-        with loading(place):
-            return BertTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"reward imagereward: tokenizer must be BERT's, uncased, got {place!r}: {_short(error)}"
-        ) from error
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    with reading("reward imagereward: tokenizer must be BERT's, uncased", place), loading(place):
+        return BertTokenizer.from_pretrained(place)

@@ -2,7 +2,6 @@
 
 import io
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -61,16 +60,20 @@ class JPEGReward:
     def score(self, batch: RewardBatch) -> RewardOutput:
         """Scores on the images' device."""
         images = images_of(batch, self.name, self.requires)
-        size = self._sizes(images).to(images.device)
+        size = jpeg_kb(images, self.quality)
         return RewardOutput(scores=SIGNS[self.direction] * SCALES[self.scale] * size, raw={"size_kb": size})
 
-    def _sizes(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
-        pictures = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return torch.tensor([self._bytes(picture) / 1000 for picture in pictures], dtype=torch.float32)
 
-    def _bytes(self, picture: Any) -> int:
-        from PIL import Image
+def jpeg_kb(images: Float[Tensor, "b 3 h w"], quality: int = 95) -> Float[Tensor, " b"]:
+    """Size as JPEG in units of 1000 bytes; grows with the number of pixels and depends on the encoder."""
+    return images.new_tensor([len(jpeg(image, quality)) / 1000 for image in images], dtype=torch.float32)
 
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="JPEG", quality=self.quality)
-        return file.tell()
+
+def jpeg(image: Float[Tensor, "3 h w"], quality: int) -> bytes:
+    """An image, rounded to 8 bit, as JPEG with Pillow's default 4:2:0 subsampling."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    picture = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(picture).save(file, format="JPEG", quality=quality)
+    return file.getvalue()

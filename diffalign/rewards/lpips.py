@@ -5,19 +5,17 @@ averaged over places, and the layers' numbers are added: d = sum_l mean_hw w_l Â
 equal images, symmetric, and with weights that are not negative never below 0.
 """
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffalign.errors import InputError
+from diffalign.rewards.networks import read_state
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """By channel; an image in [-1, 1] enters the network as (image - SHIFT) / SCALE."""
@@ -138,14 +136,7 @@ def load_lpips(backbone: str | Path, heads: str | Path, *, device: torch.device 
 def _read(file: Path, what: str) -> dict[str, Tensor]:
     if not file.is_file():
         raise InputError(f"lpips {what} must be a .pth or .safetensors file, got {str(file)!r}, which is missing")
-    try:
-        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"lpips {what} must be readable, got {str(file)!r}: {reason}") from error
-    if not isinstance(state, dict):
-        raise InputError(f"lpips {what} must be a state dict, got {type(state).__name__} in {str(file)!r}")
-    return state
+    return read_state(file, f"lpips {what}")
 
 
 def _check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:

@@ -5,24 +5,21 @@ only warns when a plain architecture is asked for them. Here the tag decides; of
 architecture's name has to say it ("ViT-L-14-quickgelu").
 """
 
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.errors import InputError, near_match
 from diffalign.progress import loading
-from diffalign.rewards import cosine
-from diffalign.rewards.cosine import NEEDS, SCALES, CosineScore
+from diffalign.rewards.cosine import CosineReward
 from diffalign.rewards.frontend import FrontEnd, Resize
-from diffalign.rewards.inputs import images_of
-from diffalign.types import Embedded, Modality, RewardBatch, RewardOutput
+from diffalign.rewards.networks import reading
+from diffalign.rewards.towers import TwoTowers
 
 DEFAULT_MODEL = "ViT-H-14/laion2b_s32b_b79k"
 
@@ -39,10 +36,8 @@ class OpenCLIPParts:
     front: FrontEnd
 
 
-class OpenCLIPEncoder:
+class OpenCLIPEncoder(TwoTowers):
     """Unit embeddings of images and prompts by a model of open_clip; weights are read at the first use."""
-
-    modality: Modality = "image"
 
     def __init__(
         self,
@@ -64,73 +59,25 @@ class OpenCLIPEncoder:
             parts: In place of what `model` names, which stays the version's name.
             load: How the parts are read at the first use, for weights that open_clip does not know.
         """
-        self.version = cosine.named(model, None, dtype)
-        """Architecture, tag or file, and dtype if it is not float32."""
-        self.dtype = cosine.dtype_of(dtype)
-        self.batch_size = batch_size
-        self.device = torch.device(device)
         self._load = load or partial(load_parts, model)
-        if parts is not None:
-            self.parts = parts
-            cosine.place(parts.net, self.device, self.dtype)
-
-    @cached_property
-    def parts(self) -> OpenCLIPParts:
-        parts = self._load()
-        cosine.place(parts.net, self.device, self.dtype)
-        return parts
+        self._open(model, dtype=dtype, batch_size=batch_size, device=device, parts=parts)
 
     @cached_property
     def width(self) -> int:
         """Elements of an embedding."""
         return int(self.embed_texts([""]).shape[1])
 
-    @property
-    def logit_scale(self) -> float:
-        """exp of the model's learned log temperature."""
-        return float(self.parts.net.logit_scale.exp())
-
-    def logits(self, cos: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Cosines times `logit_scale`."""
-        return self.logit_scale * cos
-
-    def to(self, device: torch.device | str) -> "OpenCLIPEncoder":
-        self.device = torch.device(device)
-        if "parts" in self.__dict__:
-            self.parts.net.to(self.device)
-        return self
-
-    def embed(self, batch: RewardBatch) -> Embedded:
-        """One unit row an image."""
-        images = images_of(batch, self.version, frozenset())
-        return Embedded(rows=self.embed_images(images), counts=(1,) * len(images))
-
-    def embed_with_graph(self, batch: RewardBatch) -> Embedded:
-        """One unit row an image, by the tensor front end."""
-        images = images_of(batch, self.version, frozenset())
-        return Embedded(rows=self.embed_images_with_graph(images), counts=(1,) * len(images))
-
-    def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit embeddings by the reference front end, without gradient; 0 where the model's embedding is 0."""
-        return cosine.image_rows(images, self.parts.front, self._image_features, self.batch_size).to(images.device)
-
-    def embed_images_with_graph(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit embeddings by the tensor front end, with gradient to the images."""
-        moved = images.to(self.device)
-        return cosine.image_rows_with_graph(moved, self.parts.front, self._image_features).to(images.device)
-
-    def embed_texts(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """Unit embeddings of prompts, cleaned and cut to the model's context by open_clip's tokenizer."""
-        return cosine.text_rows(prompts, self._text_features, self.batch_size)
+    def _read(self) -> OpenCLIPParts:
+        return self._load()
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return self.parts.net.encode_image(pixels.to(self.device, self.dtype)).float()
+        return self.parts.net.encode_image(pixels).float()
 
     def _text_features(self, texts: list[str]) -> Tensor:
         return self.parts.net.encode_text(self.parts.tokenizer(texts).to(self.device)).float()
 
 
-class OpenCLIPReward:
+class OpenCLIPReward(CosineReward):
     """Cosine of an open_clip model's image and prompt embeddings; 100 x cosine unless `scale` says otherwise.
 
     The default is LAION's ViT-H/14, which several papers' tables call "CLIP". `scale` is "x100", "cos", or "logit"
@@ -141,9 +88,6 @@ class OpenCLIPReward:
     """
 
     name = "openclip"
-    requires = NEEDS
-    modality: Modality = "image"
-    differentiable = True
     licence = "MIT (LAION's and OpenAI's weights; others: see the tag's model card)"
 
     def __init__(
@@ -157,29 +101,8 @@ class OpenCLIPReward:
         device: torch.device | str = "cpu",
     ) -> None:
         """Names a model, or takes an `encoder` as it is."""
-        self.encoder = encoder or OpenCLIPEncoder(model, dtype=dtype, batch_size=batch_size, device=device)
-        self._cosine = CosineScore(reward=self.name, encoder=self.encoder, scale=scale, scales=SCALES)
-
-    @property
-    def version(self) -> str:
-        return self._cosine.version
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Of any cosine on this scale; not bounded for "logit", whose factor is the model's."""
-        return self._cosine.range
-
-    def to(self, device: torch.device | str) -> "OpenCLIPReward":
-        self.encoder.to(device)
-        return self
-
-    def score(self, batch: RewardBatch) -> RewardOutput:
-        """Scores by the reference front end, on the images' device."""
-        return self._cosine.score(batch)
-
-    def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, " b"]:
-        """Scores by the tensor front end, with gradient to the images."""
-        return self._cosine.differentiable(batch)
+        options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "device": device}
+        self._open(encoder or OpenCLIPEncoder(model, **options), scale)
 
 
 def open_clip() -> Any:
@@ -209,15 +132,10 @@ def load_parts(model: str) -> OpenCLIPParts:
     if not package.is_pretrained_cfg(name, weights) and not Path(weights).is_file():
         hint = near_match(weights, package.list_pretrained_tags_by_model(name))
         raise InputError(f"open_clip model {name} must get a known tag or a file of weights, got {weights!r}{hint}")
-    try:
-        with loading(model):
-            net = package.create_model(
-                name, weights, force_quick_gelu=wants_quick_gelu(name, weights), require_pretrained=True
-            )
+    with reading("open_clip model must have weights that can be read", model), loading(model):
+        quick = wants_quick_gelu(name, weights)
+        net = package.create_model(name, weights, force_quick_gelu=quick, require_pretrained=True)
         tokenizer = package.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"open_clip model must have weights that can be read, got {model!r}: {reason}") from error
     return OpenCLIPParts(net=net, tokenizer=tokenizer, front=front_of(package.get_model_preprocess_cfg(net)))
 
 

@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.rewards.clip import CLIPEncoder
-from diffalign.rewards.cosine import NEEDS, CosineScore, Scale
-from diffalign.types import Modality, RewardBatch, RewardOutput
+from diffalign.rewards.cosine import CosineReward, Scale
 
 DEFAULT_MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -22,7 +21,7 @@ SCALES = {"logit": Scale(learned=True), "cos": Scale(), "div26": Scale(factor=1 
 """The paper's; DiffusionDPO's and its descendants'; flow_grpo's and DiffusionNFT's, which lies near 0.75 to 0.9."""
 
 
-class PickScoreReward:
+class PickScoreReward(CosineReward):
     """How likely people are to pick this image for this prompt: exp(logit_scale) · cos, mostly 17 to 25.
 
     A logit: `preference_probability` of two scores of one prompt. `scale` is "logit" (the paper's), "cos", or "div26"
@@ -35,9 +34,6 @@ class PickScoreReward:
     """
 
     name = "pickscore"
-    requires = NEEDS
-    modality: Modality = "image"
-    differentiable = True
     licence = "MIT (code); the weights' card names none"
 
     def __init__(
@@ -57,29 +53,7 @@ class PickScoreReward:
         """
         options: dict[str, Any] = {"revision": revision, "dtype": dtype, "batch_size": batch_size, "device": device}
         processor = PROCESSOR if model == DEFAULT_MODEL else None
-        self.encoder = encoder or CLIPEncoder(model, processor=processor, **options)
-        self._cosine = CosineScore(reward=self.name, encoder=self.encoder, scale=scale, scales=SCALES)
-
-    @property
-    def version(self) -> str:
-        return self._cosine.version
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Not bounded but for "cos", since the factor is the model's."""
-        return self._cosine.range
-
-    def to(self, device: torch.device | str) -> "PickScoreReward":
-        self.encoder.to(device)
-        return self
-
-    def score(self, batch: RewardBatch) -> RewardOutput:
-        """Scores by the reference front end, on the images' device."""
-        return self._cosine.score(batch)
-
-    def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, " b"]:
-        """Scores by the tensor front end, with gradient to the images."""
-        return self._cosine.differentiable(batch)
+        self._open(encoder or CLIPEncoder(model, processor=processor, **options), scale, SCALES)
 
 
 def preference_probability(score_a: Float[Tensor, "*b"], score_b: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffalign.errors import InputError, near_match
-from diffalign.progress import loading
 from diffalign.rewards.frontend import FrontEnd
 from diffalign.rewards.inputs import images_of
+from diffalign.rewards.networks import pinned, whole_network
 from diffalign.types import Modality, RewardBatch, RewardOutput
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-safety-checker"
@@ -69,27 +69,13 @@ class SafetyReward:
     def net(self) -> Any:
         from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-        try:
-            with loading(self.model):
-                net, found = StableDiffusionSafetyChecker.from_pretrained(
-                    self.model,
-                    revision=self.revision,
-                    weights_only=True,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise InputError(f"reward safety: model must be a safety checker, got {self.model!r}: {reason}") from error
-        if found["missing_keys"]:
-            missing = ", ".join(sorted(found["missing_keys"])[:3])
-            raise InputError(f"reward safety: model must hold all weights, got {self.model!r} without {missing}")
-        return net.eval().requires_grad_(False).to(self.device)
+        read = StableDiffusionSafetyChecker.from_pretrained
+        net = whole_network(read, self.model, self.revision, where="reward safety: model", kind="a safety checker")
+        return net.to(self.device)
 
     @property
     def version(self) -> str:
-        model = self.model if self.revision is None else f"{self.model}@{self.revision}"
-        return f"{model}, {self.mode}"
+        return f"{pinned(self.model, self.revision)}, {self.mode}"
 
     @property
     def differentiable(self) -> bool:

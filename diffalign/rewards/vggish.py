@@ -8,7 +8,6 @@ overlap, and each gives one row of 128. n samples have f = 1 + floor((n - 400) /
 
 import hashlib
 import itertools
-import pickle
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffalign.errors import InputError
 from diffalign.rewards.audio import mono_clips
 from diffalign.rewards.log_mel import htk_filters, magnitudes
+from diffalign.rewards.networks import read_state
 from diffalign.types import Embedded, Modality, RewardBatch
 
 RATE_HZ = 16_000
@@ -229,18 +227,8 @@ def _digest(file: Path) -> str:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    """Tensors of a file by name; arrays become tensors."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with torch.serialization.safe_globals(_ARRAY_PARTS):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"encoder vggish must have a readable file, got {str(file)!r}: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor | np.ndarray) for v in state.values()):
-        raise InputError(f"encoder vggish must have a state dict, got {type(state).__name__} in {str(file)!r}")
-    return {key: torch.as_tensor(value) for key, value in state.items()}
+    with torch.serialization.safe_globals(_ARRAY_PARTS):
+        return read_state(file, "encoder vggish: file")
 
 
 def _listed(state: dict[str, Tensor]) -> str:
