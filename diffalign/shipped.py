@@ -15,7 +15,7 @@ MODELS = {
 DATASETS = {"tiny-sd-pairs": "tiny/preferences/sd.parquet", "tiny-sd3-pairs": "tiny/preferences/sd3.parquet"}
 """Shipped preference data by name."""
 
-PROMPTS = {"tiny": "tiny/prompts.jsonl"}
+PROMPTS = {"tiny": "tiny/prompts.jsonl", "tiny-train": "tiny/train-prompts.jsonl"}
 """Shipped prompt sets by name."""
 
 

@@ -114,15 +114,20 @@ def make_aesthetic(out: Path) -> None:
 
 
 def make_prompts(out: Path) -> None:
-    """256 distinct held-out captions, labelled by how many things they ask for."""
-    rng = np.random.default_rng(51)
+    """256 distinct held-out captions to judge by, and 512 to train on, labelled by how many things they ask for."""
+    _write_prompts(out / "prompts.jsonl", "held_out", 256, seed=51)
+    _write_prompts(out / "train-prompts.jsonl", "train", 512, seed=52)
+
+
+def _write_prompts(file: Path, split: scenes.Split, count: int, *, seed: int) -> None:
+    rng = np.random.default_rng(seed)
     found: dict[str, str] = {}
     words = {1: "one thing", 2: "two things", 3: "three things"}
-    while len(found) < 256:
-        scene = scenes.draw_scene(rng, "held_out")
+    while len(found) < count:
+        scene = scenes.draw_scene(rng, split)
         found[scenes.caption(scene, rng)] = words[len(scene.things)]
     lines = [json.dumps({"prompt": prompt, "category": category}) for prompt, category in found.items()]
-    (out / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n")
 
 
 def make_preferences(out: Path, family: str) -> None:
