@@ -4,7 +4,7 @@ A set of N embeddings is further from its reference than its distribution is, by
 N are not comparable. FAD-infinity is the intercept of a line through distances of subsets over 1 / N.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffalign.errors import InputError
-from diffalign.rewards.frechet import FrechetReward, per_sample
+from diffalign.rewards.frechet import FrechetReward, FrechetTally, per_sample
 from diffalign.rewards.gaussians import Gaussian, Side, frechet_distance
 from diffalign.rewards.sets import pieces
 from diffalign.rewards.statistics import Gather, Moments
@@ -160,6 +160,18 @@ class FADReward:
     def score_set(self, batches: Iterable[RewardBatch]) -> SetOutput:
         """Minus the FAD of all batches together."""
         return self.frechet.score_set(batches)
+
+    def embed(self, batch: RewardBatch) -> Embedded:
+        """A batch of clips in the encoder's space."""
+        return self.frechet.embed(batch)
+
+    def of_rows(self, embedded: Embedded) -> SetOutput:
+        """Minus the FAD of clips that are embedded already."""
+        return self.frechet.of_rows(embedded)
+
+    def tally(self, pool: Embedded, members: Sequence[int]) -> FrechetTally:
+        """Minus the FAD of a set of the pool's clips, while they are exchanged."""
+        return self.frechet.tally(pool, members)
 
     def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, ""]:
         """Minus the FAD of one batch, with gradient to its clips."""
