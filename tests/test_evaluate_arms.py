@@ -19,7 +19,7 @@ from diffalign.evaluate.generate import generate
 from diffalign.evaluate.images import plan_of
 from diffalign.evaluate.score import write_image
 from diffalign.evaluate.settings import batch_size, sampling_of
-from diffalign.types import FunctionReward, RewardBatch, SetOutput
+from diffalign.types import Embedded, FunctionReward, RewardBatch, SetOutput
 from tests.builders import tiny_sd_pipeline
 
 PROMPTS = ["a red circle", "a blue star", "a green cross"]
@@ -49,6 +49,12 @@ class Spread:
         Spread.calls += 1
         values = torch.cat([batch.images.mean((1, 2, 3)) for batch in batches])
         return SetOutput(score=float(values.std()), raw={"mean": float(values.mean())}, samples=len(values))
+
+    def embed(self, batch: RewardBatch) -> Embedded:
+        return Embedded(rows=batch.images.mean((1, 2, 3))[:, None], counts=(1,) * len(batch.images))
+
+    def of_rows(self, embedded: Embedded) -> SetOutput:
+        return SetOutput(score=float(embedded.rows.std()), samples=len(embedded.counts))
 
     def fit_reference(self, batches) -> None: ...
     def save_reference(self, file) -> None: ...

@@ -496,7 +496,7 @@ def test_the_declared_rewards_exist(tmp_path):
     save_file(head_state([16, 4, 1], [0, 2]), tmp_path / "head.safetensors")
     declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     with scripted(lambda asked: Said({})) as server:
-        models = {"aesthetic": str(tmp_path / "head.safetensors"), "http": server.url}
+        models = {"aesthetic": str(tmp_path / "head.safetensors"), "http": server.url, "per_sample": "vendi"}
         for name, place in declared["project"]["entry-points"]["diffalign.rewards"].items():
             options = {"model": models[name]} if name in models else {}
             assert rewards.load(place, **options).name == name

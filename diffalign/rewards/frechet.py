@@ -6,10 +6,15 @@ the distance of the set without it minus the distance of the set, positive where
     2 (m_x - m_y)·dm + tr((I - T) dS)
 
 with the transport map T of the whole set: one factorisation for all samples.
+
+Where samples are exchanged, sums of e and of F^T e e^T F are kept, F a factor of the reference's covariance: the
+nuclear norm needs no more of the set's covariance S than F^T S F.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +35,8 @@ from diffalign.rewards.gaussians import (
 )
 from diffalign.rewards.gaussians import expected_bias as expected_bias
 from diffalign.rewards.gaussians import frechet_gradient as frechet_gradient
-from diffalign.rewards.sets import Space, check_left, credit_of, open_space, pieces
-from diffalign.rewards.statistics import Gather, double
+from diffalign.rewards.sets import Space, check_left, credit_of, exchanged, open_space, pieces
+from diffalign.rewards.statistics import Gather, Moments, double
 from diffalign.types import Embedded, MediaEncoder, Modality, RewardBatch, SetOutput, alone
 
 
@@ -101,6 +106,96 @@ def per_sample(x: Embedded, y: Gaussian) -> Float64[Tensor, " b"]:
     return torch.stack([frechet_distance(x.rows[piece], known, route="factor") for piece in pieces(x.counts)])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Pool:
+    """Samples of which sets are made, about their common mean."""
+
+    rows: Float64[Tensor, "n d"]
+    seen: Float64[Tensor, "n r"]
+    """Along the columns of the reference's factor."""
+    parts: tuple[slice, ...]
+    """Rows of each sample."""
+    apart: Float64[Tensor, " d"]
+    """The pool's mean minus the reference's."""
+    trace: Float64[Tensor, ""]
+    """Of the reference's covariance."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FrechetTally:
+    """Minus the distance of a set from running sums: an exchange costs O(r²), its score eigenvalues of an r x r matrix.
+
+    r is the rank of the reference. A set of no more than r rows has its score from their singular values instead,
+    which are exact there.
+    """
+
+    pool: _Pool
+    members: tuple[int, ...]
+    n: int
+    """Rows of the set."""
+    total: Float64[Tensor, " d"]
+    seen: Float64[Tensor, " r"]
+    squares: Float64[Tensor, ""]
+    products: Float64[Tensor, "r r"] | None
+    """Sum of F^T e e^T F; None where the set began with no more than r rows."""
+
+    @classmethod
+    def of(cls, pool: Embedded, members: Sequence[int], y: Gaussian) -> "FrechetTally":
+        """Of the set of these samples of the pool, against a reference."""
+        rows = double(pool.rows)
+        mean = rows.mean(0)
+        held = _Pool(
+            rows=rows - mean,
+            seen=(rows - mean) @ y.factor,
+            parts=tuple(pieces(pool.counts)),
+            apart=mean - y.mean,
+            trace=y.covariance.trace(),
+        )
+        own = torch.cat([held.rows[held.parts[i]] for i in members])
+        seen = torch.cat([held.seen[held.parts[i]] for i in members])
+        return cls(
+            pool=held,
+            members=tuple(members),
+            n=len(own),
+            total=own.sum(0),
+            seen=seen.sum(0),
+            squares=own.square().sum(),
+            products=seen.T @ seen if len(own) > seen.shape[1] else None,
+        )
+
+    @cached_property
+    def score(self) -> float:
+        mean = self.total / self.n
+        parts = FrechetParts(
+            mean_term=(mean + self.pool.apart).square().sum(),
+            trace_x=(self.squares - self.n * mean.square().sum()) / (self.n - 1),
+            trace_y=self.pool.trace,
+            nuclear_norm=self._cross(),
+        )
+        return -float(parts.distance)
+
+    def exchange(self, out: int, into: int) -> "FrechetTally":
+        gone, come = (self.pool.rows[self.pool.parts[i]] for i in (out, into))
+        unseen, seen = (self.pool.seen[self.pool.parts[i]] for i in (out, into))
+        return replace(
+            self,
+            members=exchanged(self.members, out, into),
+            n=self.n + len(come) - len(gone),
+            total=self.total + come.sum(0) - gone.sum(0),
+            seen=self.seen + seen.sum(0) - unseen.sum(0),
+            squares=self.squares + come.square().sum() - gone.square().sum(),
+            products=None if self.products is None else self.products + seen.T @ seen - unseen.T @ unseen,
+        )
+
+    def _cross(self) -> Float64[Tensor, ""]:
+        """tr (S_x S_y)^{1/2}"""
+        if self.products is None or self.n <= len(self.products):
+            seen = torch.cat([self.pool.seen[self.pool.parts[i]] for i in self.members])
+            return nuclear_norm(seen - seen.mean(0)) / (self.n - 1) ** 0.5
+        inner = torch.addr(self.products, self.seen, self.seen, alpha=-1 / self.n) / (self.n - 1)
+        return torch.linalg.eigvalsh(inner).clamp_min(0).sqrt().sum()
+
+
 class FrechetDistance(ABC):
     """A set reward by the Fréchet distance to a reference set; never made itself."""
 
@@ -151,17 +246,24 @@ class FrechetDistance(ABC):
     def score_set(self, batches: Iterable[RewardBatch]) -> SetOutput:
         """Minus the distance of all batches together, which are never held at once."""
         self.held()
-        summary, samples = self.space.summarise(batches)
-        parts = frechet_parts(summary, self.held(summary))
-        raw = {
-            "distance": parts.distance,
-            "mean_term": parts.mean_term,
-            "trace": parts.trace_x,
-            "trace_reference": parts.trace_y,
-            "nuclear_norm": parts.nuclear_norm,
-        }
-        values = {name: float(value) for name, value in raw.items()}
-        return SetOutput(score=-values["distance"], raw=values, samples=samples)
+        return self._of(*self.space.summarise(batches))
+
+    def embed(self, batch: RewardBatch) -> Embedded:
+        """A batch in the encoder's space."""
+        return self.space.embed(batch)
+
+    @torch.no_grad()
+    def of_rows(self, embedded: Embedded) -> SetOutput:
+        """Minus the distance of a set that is embedded already."""
+        rows = embedded.rows
+        self.space.check_enough(len(rows), len(embedded.counts))
+        return self._of(rows if len(rows) <= rows.shape[1] else Moments.of(rows), len(embedded.counts))
+
+    @torch.no_grad()
+    def tally(self, pool: Embedded, members: Sequence[int]) -> FrechetTally:
+        """Minus the distance of a set of the pool's samples, while they are exchanged."""
+        self.space.check_enough(sum(pool.counts[i] for i in members), len(members))
+        return FrechetTally.of(pool, members, self.held(pool.rows))
 
     def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, ""]:
         """Minus the distance of one batch, with gradient to its media."""
@@ -187,6 +289,18 @@ class FrechetDistance(ABC):
         if self.reference.mean.device != place:
             self.reference = self.reference.to(place)
         return self.reference
+
+    def _of(self, summary: Tensor | Moments, samples: int) -> SetOutput:
+        parts = frechet_parts(summary, self.held(summary))
+        raw = {
+            "distance": parts.distance,
+            "mean_term": parts.mean_term,
+            "trace": parts.trace_x,
+            "trace_reference": parts.trace_y,
+            "nuclear_norm": parts.nuclear_norm,
+        }
+        values = {name: float(value) for name, value in raw.items()}
+        return SetOutput(score=-values["distance"], raw=values, samples=samples)
 
     def _open(self, space: Space) -> None:
         self.space, self.reference = space, None

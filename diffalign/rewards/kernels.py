@@ -5,7 +5,7 @@ is the distance without it minus the distance of all, exactly or to first order 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from diffalign.rewards.mmd import (
     KAD_SCALE,
     Kernel,
     KernelSums,
+    KernelTally,
     gaussian,
     kid_subsets,
     median_distance,
@@ -92,9 +93,28 @@ class _KernelReward(ABC):
     def score_set(self, batches: Iterable[RewardBatch]) -> SetOutput:
         """Minus the distance of all batches together."""
         self._held()
-        found = self.space.collect(batches).embedded
-        raw = self._values(self._prepare(found.rows), self._prepare(self._held(found.rows)))
-        return SetOutput(score=-raw[self.name], raw=raw, samples=len(found.counts))
+        return self.of_rows(self.space.collect(batches).embedded)
+
+    def embed(self, batch: RewardBatch) -> Embedded:
+        """A batch in the encoder's space."""
+        return self.space.embed(batch)
+
+    @torch.no_grad()
+    def of_rows(self, embedded: Embedded) -> SetOutput:
+        """Minus the distance of a set that is embedded already."""
+        self.space.check_enough(len(embedded.rows), len(embedded.counts))
+        raw = self._values(self._prepare(embedded.rows), self._prepare(self._held(embedded.rows)))
+        return SetOutput(score=-raw[self.name], raw=raw, samples=len(embedded.counts))
+
+    @torch.no_grad()
+    def tally(self, pool: Embedded, members: Sequence[int]) -> KernelTally:
+        """Minus the distance of a set of the pool's samples, in full, while they are exchanged."""
+        self.space.check_enough(sum(pool.counts[i] for i in members), len(members))
+        reference = self._prepare(self._held(pool.rows))
+        kernel = self._kernel(reference)
+        rows = Embedded(rows=self._prepare(pool.rows), counts=pool.counts)
+        yy = self._inside(reference, kernel)
+        return KernelTally.of(rows, members, reference, kernel, unbiased=self.unbiased, factor=-self.scale, yy=yy)
 
     def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, ""]:
         """Minus the distance of one batch, in full, with gradient to its media."""
@@ -111,11 +131,16 @@ class _KernelReward(ABC):
         embedded = self.space.embed(batch)
         reference = self._prepare(self._held(embedded.rows))
         kernel = self._kernel(reference)
+        set_ = Embedded(rows=self._prepare(embedded.rows), counts=embedded.counts)
+        yy = self._inside(reference, kernel)
+        sums = KernelSums.of(set_, reference, kernel, unbiased=self.unbiased, yy=yy)
+        return (self.scale * way(sums)).float().to(embedded.rows.device)
+
+    def _inside(self, reference: Float64[Tensor, "m d"], kernel: Kernel) -> Float64[Tensor, ""]:
+        """Mean kernel within the reference."""
         if self._within is None:
             self._within = within(reference, kernel, unbiased=self.unbiased)
-        set_ = Embedded(rows=self._prepare(embedded.rows), counts=embedded.counts)
-        sums = KernelSums.of(set_, reference, kernel, unbiased=self.unbiased, yy=self._within)
-        return (self.scale * way(sums)).float().to(embedded.rows.device)
+        return self._within
 
     def _alone(self, sums: KernelSums) -> Float64[Tensor, " b"]:
         """Minus the distance of each sample's own rows."""
@@ -150,7 +175,7 @@ class KIDReward(_KernelReward):
 
     The mean of 100 random subsets of up to 1,000 rows, as published numbers are; `raw` holds it and the subsets'
     standard deviation. On CLIP embeddings unless told otherwise; numbers of different encoders are not comparable. May
-    be above 0 for sets that are as good as alike. Credit and gradient are of all rows, without subsets.
+    be above 0 for sets that are as good as alike. Credit, gradient and tally are of all rows, without subsets.
 
     Paper: Bińkowski et al., "Demystifying MMD GANs", arXiv 1801.01401.
     """

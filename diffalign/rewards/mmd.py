@@ -7,8 +7,9 @@ made and summed in blocks of rows, so that memory grows with N and not with N².
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffalign.errors import InputError
-from diffalign.rewards.sets import check_left, pieces
+from diffalign.rewards.sets import check_left, exchanged, pieces
 from diffalign.rewards.statistics import check_rows, double
 from diffalign.rng import generator
 from diffalign.types import Embedded
@@ -227,12 +228,71 @@ class KernelSums:
         return self._of(self.blocks, own, xy, count)
 
     def _of(self, xx: Tensor, own: Tensor, xy: Tensor, n: Tensor) -> Tensor:
-        inside = (xx - own) / (n * (n - 1)) if self.unbiased else xx / n**2
-        return inside + self.yy - 2 * xy / n
+        return _squared(xx, own, xy, n, self.yy, unbiased=self.unbiased)
 
     def _by_sample(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sums = [torch.stack([v[piece].sum() for piece in pieces(self.counts)]) for v in (self.xx, self.own, self.xy)]
         return sums[0], sums[1], sums[2], torch.tensor(self.counts, dtype=self.xx.dtype, device=self.xx.device)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KernelTally:
+    """`factor` times the MMD² of a set of a pool's samples, by sums of kernels between them: an exchange costs O(N)."""
+
+    blocks: Float64[Tensor, "s s"]
+    """Of all rows of one sample with all of another, over the whole pool."""
+    own: Float64[Tensor, " s"]
+    """Of each sample's rows with themselves."""
+    xy: Float64[Tensor, " s"]
+    """Mean with the rows of y, added up over each sample's rows."""
+    yy: Float64[Tensor, ""]
+    """Mean within y."""
+    counts: tuple[int, ...]
+    unbiased: bool
+    factor: float
+    members: tuple[int, ...]
+    beside: Float64[Tensor, " s"]
+    """Of every sample with all rows of the set."""
+
+    @classmethod
+    def of(
+        cls,
+        pool: Embedded,
+        members: Sequence[int],
+        y: Float[Tensor, "m e"],
+        kernel: Kernel,
+        *,
+        unbiased: bool,
+        factor: float,
+        yy: Tensor,
+    ) -> "KernelTally":
+        """Of the set of these samples of the pool, against a reference whose mean kernel within is `yy`."""
+        rows, reference = _pair(pool.rows, y, 1)
+        blocks = _blocks(rows, pool.counts, kernel)
+        single, cross = _diagonal(rows, kernel), _row_sums(rows, reference, kernel) / len(reference)
+        own, xy = (torch.stack([v[piece].sum() for piece in pieces(pool.counts)]) for v in (single, cross))
+        return cls(
+            blocks=blocks,
+            own=own,
+            xy=xy,
+            yy=yy,
+            counts=pool.counts,
+            unbiased=unbiased,
+            factor=factor,
+            members=tuple(members),
+            beside=blocks[:, list(members)].sum(1),
+        )
+
+    @cached_property
+    def score(self) -> float:
+        held = list(self.members)
+        n = self.own.new_tensor(sum(self.counts[i] for i in held))
+        xx, own, xy = (values[held].sum() for values in (self.beside, self.own, self.xy))
+        return self.factor * float(_squared(xx, own, xy, n, self.yy, unbiased=self.unbiased))
+
+    def exchange(self, out: int, into: int) -> "KernelTally":
+        beside = self.beside + self.blocks[:, into] - self.blocks[:, out]
+        return replace(self, members=exchanged(self.members, out, into), beside=beside)
 
 
 def unit(rows: Float[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
@@ -257,6 +317,23 @@ def _pair(x: Tensor, y: Tensor, least: int) -> tuple[Tensor, Tensor]:
     if x.shape[1] != y.shape[1]:
         raise InputError(f"x and y must have rows of one width, got {x.shape[1]} and {y.shape[1]}")
     return double(x), double(y)
+
+
+def _squared(xx: Tensor, own: Tensor, xy: Tensor, n: Tensor, yy: Tensor, *, unbiased: bool) -> Tensor:
+    """MMD² of n rows from their kernels' sums."""
+    inside = (xx - own) / (n * (n - 1)) if unbiased else xx / n**2
+    return inside + yy - 2 * xy / n
+
+
+def _blocks(rows: Tensor, counts: Sequence[int], kernel: Kernel) -> Tensor:
+    """Sum of the kernel between the rows of any two samples."""
+    of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(rows.device)
+    found = rows.new_zeros(len(counts), len(counts))
+    size = max(1, _CELLS // len(rows))
+    for chunk, owners in zip(rows.split(size), of.split(size), strict=True):
+        columns = rows.new_zeros(len(chunk), len(counts)).index_add_(1, of, kernel(chunk, rows))
+        found.index_add_(0, owners, columns)
+    return found
 
 
 def _row_sums(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:

@@ -87,7 +87,7 @@ class Space:
             k: self.gather(torch.tensor(v, dtype=torch.int64)).tolist()
             for k, v in {"counts": counts, "groups": groups}.items()
         }
-        self._check_enough(len(joined), len(found["counts"]))
+        self.check_enough(len(joined), len(found["counts"]))
         if found["groups"] and len(found["groups"]) != len(found["counts"]):
             raise InputError(
                 f"set reward {self.reward!r} must get group_ids with every batch or with none, got them for "
@@ -119,7 +119,7 @@ class Space:
         totals = self.gather(torch.tensor([[count, samples, own]]))
         rows, samples = totals[:, :2].sum(0).tolist()
         width = int(totals[:, 2].max())
-        self._check_enough(rows, samples)
+        self.check_enough(rows, samples)
         if rows <= width:
             return self.gather(torch.cat(held) if held else torch.zeros(0, width)), samples
         mine = moments or (Moments.of(torch.cat(held)) if held else Moments.empty(width))
@@ -177,6 +177,13 @@ class Space:
         if width != reference:
             raise InputError(f"set reward {self.reward!r} must get a reference of width {width}, got {reference}")
 
+    def check_enough(self, rows: int, samples: int) -> None:
+        """Raises InputError for a set of fewer than two rows."""
+        if rows < 2:
+            raise InputError(
+                f"set reward {self.reward!r} must get a set of at least 2 embeddings, got {rows} of {samples} samples"
+            )
+
     def _checked(self, embedded: Embedded, batch: RewardBatch, least: int = 0) -> Embedded:
         if not bool(embedded.rows.isfinite().all()):
             finite = embedded.rows.isfinite().all(1)
@@ -185,14 +192,8 @@ class Space:
                 f"encoder {self.encoder.version!r} returned NaN or infinity for samples {bad[:8]} of {len(batch)}"
             )
         if len(embedded.rows) < least:
-            self._check_enough(len(embedded.rows), len(embedded.counts))
+            self.check_enough(len(embedded.rows), len(embedded.counts))
         return embedded
-
-    def _check_enough(self, rows: int, samples: int) -> None:
-        if rows < 2:
-            raise InputError(
-                f"set reward {self.reward!r} must get a set of at least 2 embeddings, got {rows} of {samples} samples"
-            )
 
 
 def open_space(
@@ -219,6 +220,13 @@ def pieces(counts: Iterable[int]) -> Iterator[slice]:
     """The rows of each sample."""
     ends = list(accumulate(counts, initial=0))
     return (slice(a, b) for a, b in pairwise(ends))
+
+
+def exchanged(members: tuple[int, ...], out: int, into: int) -> tuple[int, ...]:
+    """Members of a set with another sample in the place of one of them."""
+    if out not in members or into in members:
+        raise ValueError(f"out must be in the set and into must not, got {out} and {into} for {members[:8]}")
+    return tuple(into if i == out else i for i in members)
 
 
 def check_left(x: Embedded, least: int) -> None:

@@ -9,7 +9,9 @@ in [1, N]. Each eigenvalue's gradient is f'(p) times its own projector, so equal
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from diffalign.errors import InputError
 from diffalign.rewards.mmd import unit
-from diffalign.rewards.sets import Collected, Space, check_left, credit_of, open_space, pieces
+from diffalign.rewards.sets import Collected, Space, check_left, credit_of, exchanged, open_space, pieces
 from diffalign.rewards.statistics import Gather
 from diffalign.types import Embedded, MediaEncoder, Modality, RewardBatch, SetOutput, alone
 
@@ -86,6 +88,58 @@ def per_sample(x: Embedded, q: float | int = 1.0) -> Float64[Tensor, " b"]:
     return torch.stack([vendi(x.rows[piece], q) for piece in pieces(x.counts)])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VendiTally:
+    """Vendi score of a set of a pool's samples: an exchange costs O(1) or O(d²), its score the eigenvalues.
+
+    These are of the set's own block of the pool's similarities; of a set with more rows than columns, of the running
+    sum of e e^T.
+    """
+
+    rows: Float64[Tensor, "n d"]
+    """Of the pool, of length 1."""
+    parts: tuple[slice, ...]
+    """Rows of each sample."""
+    members: tuple[int, ...]
+    n: int
+    """Rows of the set."""
+    q: float | int
+    similar: Float64[Tensor, "n n"] | None = None
+    products: Float64[Tensor, "d d"] | None = None
+    """Instead of the similarities."""
+
+    @classmethod
+    def of(cls, pool: Embedded, members: Sequence[int], q: float | int = 1.0) -> "VendiTally":
+        """Of the set of these samples of the pool."""
+        rows, parts = unit(pool.rows), tuple(pieces(pool.counts))
+        own = torch.cat([rows[parts[i]] for i in members])
+        made = cls(rows=rows, parts=parts, members=tuple(members), n=len(own), q=q)
+        few = made.n <= rows.shape[1]
+        return replace(made, similar=rows @ rows.T) if few else replace(made, products=own.T @ own)
+
+    @cached_property
+    def score(self) -> float:
+        values = torch.linalg.eigvalsh(self._density())
+        return float(_score(values[values > _LEAST], self.q))
+
+    def exchange(self, out: int, into: int) -> "VendiTally":
+        gone, come = (self.rows[self.parts[i]] for i in (out, into))
+        return replace(
+            self,
+            members=exchanged(self.members, out, into),
+            n=self.n + len(come) - len(gone),
+            products=None if self.products is None else self.products + come.T @ come - gone.T @ gone,
+        )
+
+    def _density(self) -> Float64[Tensor, "_ _"]:
+        if self.products is not None:
+            return self.products / self.n
+        assert self.similar is not None, "one of the two is kept"
+        parts = [self.parts[i] for i in self.members]
+        own = torch.tensor([row for part in parts for row in range(part.start, part.stop)], device=self.rows.device)
+        return self.similar[own[:, None], own] / self.n
+
+
 class VendiReward:
     """Vendi score: how many different samples a set is worth, from 1 to their number; without a reference.
 
@@ -147,12 +201,29 @@ class VendiReward:
     def score_set(self, batches: Iterable[RewardBatch]) -> SetOutput:
         """The score of all batches together, or the mean over their prompts."""
         found = self.space.collect(batches)
-        raw = {"vendi_set": float(vendi(found.embedded.rows, self.q))}
-        if found.groups is not None:
-            scores = [vendi(part.rows, self.q) for part in _by_group(found)]
-            raw |= {"vendi_prompt": float(torch.stack(scores).mean()), "prompts": float(len(scores))}
-        score = raw.get("vendi_prompt", raw["vendi_set"])
-        return SetOutput(score=score, raw=raw, samples=len(found.embedded.counts))
+        whole = self.of_rows(found.embedded)
+        if found.groups is None:
+            return whole
+        scores = [vendi(part.rows, self.q) for part in _by_group(found)]
+        mean = float(torch.stack(scores).mean())
+        return replace(whole, score=mean, raw={**whole.raw, "vendi_prompt": mean, "prompts": float(len(scores))})
+
+    def embed(self, batch: RewardBatch) -> Embedded:
+        """A batch in the encoder's space."""
+        return self.space.embed(batch)
+
+    @torch.no_grad()
+    def of_rows(self, embedded: Embedded) -> SetOutput:
+        """The score of a set that is embedded already, whatever its prompts."""
+        self.space.check_enough(len(embedded.rows), len(embedded.counts))
+        score = float(vendi(embedded.rows, self.q))
+        return SetOutput(score=score, raw={"vendi_set": score}, samples=len(embedded.counts))
+
+    @torch.no_grad()
+    def tally(self, pool: Embedded, members: Sequence[int]) -> VendiTally:
+        """The score of a set of the pool's samples, while they are exchanged."""
+        self.space.check_enough(sum(pool.counts[i] for i in members), len(members))
+        return VendiTally.of(pool, members, self.q)
 
     def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, ""]:
         """The score of one batch, with gradient to its media."""
@@ -244,11 +315,4 @@ def _by_group(found: Collected) -> list[Embedded]:
     single = [group for group, held in places.items() if len(held) < 2]
     if single:
         raise InputError(f"every prompt must have at least 2 samples, got 1 for group_ids {single[:8]}")
-    counts, parts = found.embedded.counts, list(pieces(found.embedded.counts))
-    return [
-        Embedded(
-            rows=torch.cat([found.embedded.rows[parts[place]] for place in held]),
-            counts=tuple(counts[place] for place in held),
-        )
-        for held in places.values()
-    ]
+    return [found.embedded.take(held) for held in places.values()]

@@ -34,6 +34,8 @@ from diffalign.types.rewards import RewardBatch as RewardBatch
 from diffalign.types.rewards import RewardOutput as RewardOutput
 from diffalign.types.rewards import SetOutput as SetOutput
 from diffalign.types.rewards import SetReward as SetReward
+from diffalign.types.rewards import SetTally as SetTally
+from diffalign.types.rewards import TalliedReward as TalliedReward
 from diffalign.types.rollouts import Trajectory as Trajectory
 from diffalign.types.rollouts import Transition as Transition
 from diffalign.types.rollouts import Walk as Walk

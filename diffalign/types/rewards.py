@@ -112,6 +112,11 @@ class Embedded:
         if sum(self.counts) != len(self.rows):
             raise ValueError(f"counts must add up to the {len(self.rows)} rows, got {sum(self.counts)}")
 
+    def take(self, samples: Sequence[int]) -> "Embedded":
+        """Some of the samples, by their place; at least one."""
+        parts = self.rows.split(list(self.counts))
+        return Embedded(rows=torch.cat([parts[i] for i in samples]), counts=tuple(self.counts[i] for i in samples))
+
 
 @runtime_checkable
 class MediaEncoder(Protocol):
@@ -193,12 +198,43 @@ class SetReward(Protocol):
         """The number of the set that the batches make up together."""
         ...
 
+    def embed(self, batch: RewardBatch) -> Embedded:
+        """A batch in the space in which sets are measured, of this process alone."""
+        ...
+
+    def of_rows(self, embedded: Embedded) -> SetOutput:
+        """The number of a set whose samples are all here, as `embed` gave them."""
+        ...
+
     def differentiable_score(self, batch: RewardBatch) -> Float[Tensor, ""]:
         """The number of the set that one batch is, with gradient to its media."""
         ...
 
     def credit(self, batch: RewardBatch, mode: Credit = "loo") -> Float[Tensor, " b"]:
         """What each sample does for the set that the batch is; higher is better."""
+        ...
+
+
+@runtime_checkable
+class SetTally(Protocol):
+    """What a set of some of a pool's samples is worth, kept up while they are exchanged for others of the pool."""
+
+    @property
+    def score(self) -> float:
+        """Higher is better."""
+        ...
+
+    def exchange(self, out: int, into: int) -> "SetTally":
+        """With another of the pool's samples in the place of one of the set's; itself unchanged."""
+        ...
+
+
+@runtime_checkable
+class TalliedReward(SetReward, Protocol):
+    """A reward of sets that knows what an exchange does without counting the whole set anew."""
+
+    def tally(self, pool: Embedded, members: Sequence[int]) -> SetTally:
+        """Of the set of these samples of a pool, by their places; its score is that of all rows, as credit is."""
         ...
 
 
