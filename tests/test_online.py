@@ -78,6 +78,48 @@ def test_a_run_on_its_own_images_starts_every_method_where_policy_and_reference_
     assert (result.export / "pytorch_lora_weights.safetensors").is_file()
 
 
+OWN = {
+    "diffusion_nft": {"accumulate": 7},
+    "awm": {"accumulate": 6},
+    "crd": {"accumulate": 7},
+    "dgpo": {"accumulate": 4},
+    "online_dpo": {},
+    "dragon": {},
+    "curated": {},
+}
+"""Methods on clean images, and how many micro-batches an update has for all turns of two of them."""
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize("model", ["sd", "sd3"])
+def test_every_method_on_its_own_images_trains(world, tmp_path, model, method, trainable):
+    online = {"prompts": 2, "group": 2, "steps": 8, "updates": 2, "batch_size": 4}
+    train = {"steps": 4, "batch_size": 2, "trainable": trainable, **OWN[method]}
+    run = table(world, tmp_path / "run", model=model, method=method, online=online, train=train)
+    if trainable == "full":
+        del run["lora"]
+    result = diffalign.train(run)
+    lines = metrics(result.folder)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["round"] for line in lines if "round" in line] == [1, 2]
+    assert len({line["loss"] for line in lines if "loss" in line}) > 1
+
+
+@pytest.mark.parametrize("spec", ["vendi", "frechet"])
+def test_a_reward_of_sets_judges_a_round(world, tmp_path, spec):
+    own = {"rewards": [], "set_reward": f"{spec}:clip:tiny-clip", "prompts": 2, "group": 4}
+    if spec == "frechet":
+        for i in range(4):
+            (tmp_path / "ideal").mkdir(exist_ok=True)
+            (tmp_path / "ideal" / f"{i}.png").write_bytes(worlds.png(i))
+        own["set_reference"] = str(tmp_path / "ideal")
+    result = diffalign.train(table(world, tmp_path / "run", method="dragon", online=own))
+    first = rounds_of(result.folder)[0]
+    assert first["kept"] > 0
+    assert any("r(D+)" in name or "plus" in name for name in first), first
+
+
 def test_a_round_on_disk_names_every_image_and_keeps_what_people_may_look_at(world, tmp_path):
     result = diffalign.train(table(world, tmp_path / "run", online={"guidance": 2.0}))
     folder = result.folder / "rounds" / "round-1"

@@ -59,6 +59,7 @@ class Dragon:
             references=("start", "pool", "ema"),
             batch_statistics=self.loss == "kto",
             group_at_least=4 if self.by_prompt else 2,
+            of_sets=True,
         )
 
     def select(self, scored: Scored, generator: torch.Generator) -> Selection:
