@@ -23,17 +23,16 @@ def scored_images(this: OwnRound, store: Store) -> tuple[Scored, Int[Tensor, " n
     else:
         scores, weights = store.scores(), dict(online.judges.weights)
     check_scores(scores, store, this.number)
-    known = (
-        torch.stack([values.isfinite() for values in scores.values()]).all(0)
-        if scores
-        else torch.ones(len(store.entries), dtype=torch.bool)
-    )
+    group = torch.tensor([entry.group for entry in store.entries])
+    known = torch.stack([values.isfinite() for values in scores.values()]).all(0) if scores else group >= 0
+    if this.parts.cfg.method.needs.whole_groups:
+        known = known.reshape(-1, online.settings.group).all(1).repeat_interleave(online.settings.group)
     images = known.nonzero().flatten()
     of_sets = None if online.judges is None else online.judges.of_sets
     found = Scored(
         scores={name: values[images].float() for name, values in scores.items()},
         weights=weights,
-        group=torch.tensor([entry.group for entry in store.entries])[images],
+        group=group[images],
         prompts=[entry.prompt for entry in store.entries[:: online.settings.group]],
         past=_past(this),
         embedded=None if of_sets is None else store.embedded(),

@@ -30,11 +30,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def table(world: Path, output: Path, *, model: str = "sd", method: str = "d3po", **sections) -> dict:
+def table(world: Path, output: Path, *, model: str | dict = "sd", method: str = "d3po", **sections) -> dict:
     """Two rounds of two updates; a pair of images is trained at each of four moves."""
     found = {
         "output": str(output),
-        "model": {"path": str(world / model)},
+        "model": {"path": str(world / model)} if isinstance(model, str) else model,
         "data": {"path": str(world / "prompts.txt")},
         "method": {"name": method},
         "online": {
@@ -276,6 +276,7 @@ def test_a_reward_that_cannot_judge_ends_the_run_in_one_line(world, tmp_path, re
         ({"online": {"rewards": ["clpi"]}}, r"did you mean 'clip'"),
         ({"online": {"window": {"size": 3}}}, r"online\.window must have a size in \[1, 2\]"),
         ({"online": {"set_reward": "vendi"}}, r"config\.online\.set_reward must be left out with method 'd3po'"),
+        ({"online": {"rewards": ["clap"]}}, r"online\.rewards must judge images and prompts alone, got 'clap'"),
         ({"data": {"flip": True}}, r"config\.data\.flip must be left out with method 'd3po'"),
         ({"validation": {"every": 2}}, r"config\.validation must be left out with method 'd3po'"),
         ({"online": None}, r"config\.online must be there with method 'd3po'"),
@@ -288,6 +289,14 @@ def test_what_a_run_on_its_own_images_cannot_be_is_said_in_one_line(world, tmp_p
     with pytest.raises(InputError, match=words):
         diffalign.train(found)
     assert not (tmp_path / "run" / "rounds").exists()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")  # Euler's scheduler
+def test_a_method_that_noises_its_own_images_refuses_a_distilled_model(world, tmp_path):
+    worlds.sdxl(tmp_path / "turbo", turbo=True)
+    run = table(world, tmp_path / "run", method="diffusion_nft", model={"path": str(tmp_path / "turbo")})
+    with pytest.raises(InputError, match="which was distilled to a few; take a method on moves"):
+        diffalign.train(run)
 
 
 def test_an_empty_list_of_prompts_is_one_line(world, tmp_path):

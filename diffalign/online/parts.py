@@ -16,7 +16,7 @@ from diffalign.online.scoring import Judges, load_judges
 from diffalign.online.settings import KernelSettings, OnlineSettings
 from diffalign.sampling.kernels import Kernel
 from diffalign.sampling.rollout import draw_window, noisy_steps
-from diffalign.sampling.schedule import make_schedule
+from diffalign.sampling.schedule import few_steps, make_schedule
 from diffalign.sampling.walk import KernelWalk
 from diffalign.types import Needs
 
@@ -93,6 +93,11 @@ def make_walk(settings: OnlineSettings, needs: Needs, source: ModelSource) -> Ke
     """
     config = load_scheduler_config(source)
     on_moves = needs.items in ("transitions", "transition_pairs")
+    if not on_moves and few_steps(config):
+        raise InputError(
+            f"model.path must be a model of many steps with a method that noises its own images, got {source.path!r}, "
+            "which was distilled to a few; take a method on moves (ddpo, d3po), or the model that it was made from"
+        )
     chosen = choose_kernel(
         settings.kernel, flows=str(config.get("_class_name", "")).startswith("FlowMatch"), on_moves=on_moves
     )

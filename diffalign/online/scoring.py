@@ -65,8 +65,20 @@ def load_judges(settings: OnlineSettings) -> Judges:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"online.rewards must have names of their own, got {twice[0]!r} twice")
+    for reward in pointwise:
+        _check_takes(reward)
     weights = dict(zip(names, settings.weights or (1.0,) * len(names), strict=True))
     return Judges(pointwise=pointwise, weights=weights, of_sets=_set_reward(settings))
+
+
+def _check_takes(reward: Reward) -> None:
+    """Raises InputError for a reward that looks at what a round does not have."""
+    missing = sorted(reward.requires - {"images", "prompts", "metadata"})
+    if missing or reward.modality != "image":
+        what = f"{missing[0]}" if missing else reward.modality
+        raise InputError(
+            f"online.rewards must judge images and prompts alone, got {reward.name!r}, which also needs {what}"
+        )
 
 
 def _set_reward(settings: OnlineSettings) -> SetReward | None:

@@ -180,6 +180,15 @@ def schedule_of(scheduler: Any, *, last: Last = "alpha_bar_0") -> Schedule:
     return _READERS[name](scheduler, last)
 
 
+def few_steps(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is that of a model distilled to a few steps: LCM, TCD, SD-Turbo and SDXL-Turbo."""
+    name, spacing = str(config.get("_class_name")), config.get("timestep_spacing")
+    return name in ("LCMScheduler", "TCDScheduler") or (name, spacing) == (
+        "EulerAncestralDiscreteScheduler",
+        "trailing",
+    )
+
+
 def make_schedule(kernel: str, config: Mapping[str, Any], steps: int, *, table: Table = "analytic") -> Schedule:
     """The walk that a kernel takes over a model whose scheduler config this is.
 
