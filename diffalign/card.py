@@ -30,7 +30,6 @@ def model_card(
             "---",
         ]
     )
-    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
     used = versions(("diffalign", "torch", "diffusers", "peft"))
     return f"""{header}
 
@@ -47,7 +46,7 @@ def model_card(
 
 ## Data
 
-`{cfg.data.path}`: {counts.rows} rows, of which {counts.kept} were used; dropped: {dropped}.
+{_data(cfg, counts)}
 
 ## Results
 
@@ -61,6 +60,20 @@ def model_card(
 
 Made with {", ".join(f"{package} {version}" for package, version in used.items())}.
 """
+
+
+def _data(cfg: TrainConfig, counts: Counts) -> str:
+    """What it was trained on: rows of data, or its own images of prompts, and by whose judgement."""
+    if cfg.online is None:
+        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
+        return f"`{cfg.data.path}`: {counts.rows} rows, of which {counts.kept} were used; dropped: {dropped}."
+    own = cfg.online
+    judges = [f"`{spec}`" for spec in (*own.rewards, *([own.set_reward] if own.set_reward else []))]
+    rounds = cfg.train.steps // own.updates
+    return (
+        f"Its own images of {counts.rows} prompts of `{cfg.data.path}`: {rounds} rounds of {own.images}, {own.group} a "
+        f"prompt, judged by {', '.join(judges) or 'people'}."
+    )
 
 
 def _loading(cfg: TrainConfig, family: Family) -> str:
