@@ -15,6 +15,7 @@ from torch import nn
 
 from diffalign.denoisers import FAMILIES, Context, Family
 from diffalign.errors import InputError
+from diffalign.models.lora import adapter_layers
 from diffalign.progress import loading
 from diffalign.shipped import MODELS, resolve
 
@@ -134,14 +135,17 @@ def load_lora_into(pipeline: Any, family: Family, path: str, *, adapter: str | N
     if place.exists() and file is None:
         raise InputError(f"model.lora must hold a .safetensors file, got {path!r} with none")
     with _one_line("model.lora", path):
-        if file is None:
-            family.load_lora(pipeline, path, None, adapter)
-            return
-        with safe_open(file, framework="pt") as content:
-            foreign = [k for k in content.keys() if k.startswith(("text_encoder", "lora_te"))]
-        if foreign and pipeline.components.get("text_encoder") is None:
-            raise InputError(f"model.lora must adapt the denoiser only, got {path!r} with {foreign[0]!r}")
-        family.load_lora(pipeline, str(file.parent), file.name, adapter)
+        if file is not None:
+            with safe_open(file, framework="pt") as content:
+                foreign = [k for k in content.keys() if k.startswith(("text_encoder", "lora_te"))]
+            if foreign and pipeline.components.get("text_encoder") is None:
+                raise InputError(f"model.lora must adapt the denoiser only, got {path!r} with {foreign[0]!r}")
+        family.load_lora(pipeline, path if file is None else str(file.parent), file and file.name, adapter)
+    if not any(adapter_layers(part) for part in pipeline.components.values() if isinstance(part, nn.Module)):
+        raise InputError(
+            f"model.lora must be a LoRA in a form that Diffusers reads for the family {family.name!r}, got {path!r}, "
+            "which adapts nothing of it"
+        )
 
 
 def load_net(source: ModelSource, family: Family) -> nn.Module:
@@ -288,7 +292,7 @@ def _one_line(where: str, path: str) -> Iterator[None]:
     try:
         with loading(resolve(path, MODELS)):
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         reason = " ".join(str(error).split())[:300]
