@@ -8,6 +8,7 @@ from typing import Any
 from diffalign.data.pairs import Counts
 from diffalign.denoisers import Family
 from diffalign.environment import versions
+from diffalign.models.single_file import is_single_file
 from diffalign.settings import TrainConfig
 from diffalign.strict import to_toml
 
@@ -85,12 +86,20 @@ def _loading(cfg: TrainConfig, family: Family) -> str:
             [
                 f"from diffusers import {cls}, {net}",
                 f'{family.net} = {net}.from_pretrained("path/to/this/folder", subfolder="{family.net}")',
-                f'pipeline = {cls}.from_pretrained("{cfg.model.path}", {family.net}={family.net})',
+                f"pipeline = {cls}.{_base(cfg, f'{family.net}={family.net}')}",
             ]
         )
-    lines.append(f'pipeline = {cls}.from_pretrained("{cfg.model.path}")')
+    lines.append(f"pipeline = {cls}.{_base(cfg)}")
     lines.append(family.lora_recipe)
     return "\n".join(lines)
+
+
+def _base(cfg: TrainConfig, *parts: str) -> str:
+    """The call that loads the base."""
+    if not is_single_file(cfg.model.path):
+        return f"from_pretrained({', '.join([json.dumps(cfg.model.path), *parts])})"
+    config = [] if cfg.model.config is None else [f"config={json.dumps(cfg.model.config)}"]
+    return f"from_single_file({', '.join([json.dumps(cfg.model.path), *config, *parts])})"
 
 
 def _results(folder: Path) -> str:
