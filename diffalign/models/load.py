@@ -167,7 +167,8 @@ def load_lora_into(pipeline: Any, family: Family, path: str, *, adapter: str | N
                 foreign = [k for k in content.keys() if k.startswith(("text_encoder", "lora_te"))]
             if foreign and pipeline.components.get("text_encoder") is None:
                 raise InputError(f"model.lora must adapt the denoiser only, got {path!r} with {foreign[0]!r}")
-        family.load_lora(pipeline, path if file is None else str(file.parent), file and file.name, adapter)
+        folder, name = (path, None) if file is None else (str(file.parent), file.name)
+        family.load_lora(pipeline, folder, name, adapter)
     if not any(adapter_layers(part) for part in pipeline.components.values() if isinstance(part, nn.Module)):
         raise InputError(
             f"model.lora must be a LoRA in a form that Diffusers reads for the family {family.name!r}, got {path!r}, "
