@@ -98,7 +98,7 @@ MOMENTS = {
     "in the first step": ["fit", "_backward", 1],
     "while a checkpoint is written": ["checkpoint", "save_file", 2],
     "in the second round, while it is sampled": ["sampling", "rollout", 4],
-    "in the second round, while it is trained": ["fit", "_backward", 18],
+    "in the second round, while it is trained": ["fit", "_backward", 10],
 }
 
 

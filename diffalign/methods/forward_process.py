@@ -7,16 +7,18 @@ positive number.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from diffalign import losses, paths
+from diffalign.advantages import Recipe
 from diffalign.errors import InputError
 from diffalign.methods.measure import reference_prediction
+from diffalign.methods.selection import select_by_advantage
 from diffalign.paths import ErrorSpace
 from diffalign.rng import SampleRng
 from diffalign.types import Denoiser, ImageBatch, ReferenceKind, Scored, Selection, Shared
@@ -191,36 +193,14 @@ def by_sign(name: str, values: Float[Tensor, " b"], advantage: Float[Tensor, " b
 def select_images(
     scored: Scored, change: Callable[[Float[Tensor, " m"]], Float[Tensor, " m"]] = lambda advantage: advantage
 ) -> Selection:
-    """All images of prompts whose images differ in score, each with its advantage.
+    """All images of prompts whose images differ in score, with their advantages: (R - mean of its prompt) / std of all.
 
     Args:
         change: What is made of the clipped advantages.
     """
-    advantage, differs = _advantages(scored)
-    trained = scored.group[differs].unique().numel()
-    prompts = scored.group.unique().numel()
-    return Selection(
-        places=differs.nonzero(),
-        weight=change(advantage[differs]).float(),
-        metrics={"zero_std_ratio": 1 - trained / max(1, prompts), "trained_prompt_num": float(trained)},
-    )
-
-
-def _advantages(scored: Scored) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-    """(A, whether the scores of the image's prompt differ at all), A clipped: (R - mean of its prompt) / std of all.
-
-    Raises:
-        InputError: No prompt has two images.
-    """
-    _, index, size = scored.group.unique(return_inverse=True, return_counts=True)
-    if len(scored) and size.max() < 2:
-        raise InputError("scored.group must have two images of a prompt to tell them apart, got one of each")
-    total = scored.total
-    zeros = torch.zeros(len(size), dtype=total.dtype)
-    above = total - (zeros.index_add(0, index, total) / size)[index]
-    spread = (zeros.index_add(0, index, above.square()) / size).sqrt()
-    advantage = above / (total.std(correction=0) + 1e-4)
-    return advantage.clamp(-ADVANTAGE_MAX, ADVANTAGE_MAX), (spread > 1e-8)[index]
+    found = select_by_advantage(scored, Recipe(advantage="global_std", combine="scores", clip_advantage=ADVANTAGE_MAX))
+    assert found.weight is not None, "an advantage is one"
+    return replace(found, weight=change(found.weight))
 
 
 def count_levels(levels: int, count: int | None, where: str) -> int:

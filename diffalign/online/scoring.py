@@ -41,7 +41,7 @@ class Judges:
         self, images: Float[Tensor, "b 3 height width"], entries: Sequence[Entry]
     ) -> tuple[dict[str, list[float]], Embedded | None]:
         """(scores by reward, the images in the space of the set reward)."""
-        seen = (images.clamp(0, 1) * 255).round() / 255  # as they lie on disk
+        seen = ((images.clamp(0, 1) * 255).round() / 255).contiguous()  # as on disk, and in one layout
         asked = RewardBatch(
             images=seen, prompts=[e.prompt for e in entries], metadata=[dict(e.metadata) for e in entries]
         )
