@@ -54,6 +54,13 @@ class Normals:
     def length(self, step):
         return torch.ones(len(step))
 
+    def odds(self, step):
+        return torch.ones(len(step))
+
+    @property
+    def stds(self):
+        return torch.full((1,), self.std)
+
     def noise_level(self, step):
         return torch.linspace(0, 1, len(step))
 
