@@ -8,6 +8,7 @@ from typing import Any
 from diffalign.data.pairs import Counts
 from diffalign.denoisers import Family
 from diffalign.environment import versions
+from diffalign.evaluate.watched import read_watch
 from diffalign.settings import TrainConfig
 from diffalign.strict import to_toml
 
@@ -52,7 +53,7 @@ def model_card(
 ## Results
 
 {_results(folder)}
-
+{_guard(folder)}
 ## Config
 
 ```toml
@@ -61,6 +62,12 @@ def model_card(
 
 Made with {", ".join(f"{package} {version}" for package, version in used.items())}.
 """
+
+
+def _guard(folder: Path) -> str:
+    """What the guard of the run found, if it had one."""
+    found = read_watch(folder)
+    return "" if found is None else f"\n## Guard\n\n{found.sentence}\n"
 
 
 def _loading(cfg: TrainConfig, family: Family) -> str:
