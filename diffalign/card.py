@@ -9,6 +9,7 @@ from diffalign.data.pairs import Counts
 from diffalign.denoisers import Family
 from diffalign.environment import versions
 from diffalign.evaluate.watched import read_watch
+from diffalign.models.single_file import is_single_file
 from diffalign.settings import TrainConfig
 from diffalign.strict import to_toml
 
@@ -31,7 +32,6 @@ def model_card(
             "---",
         ]
     )
-    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
     used = versions(("diffalign", "torch", "diffusers", "peft"))
     return f"""{header}
 
@@ -48,7 +48,7 @@ def model_card(
 
 ## Data
 
-`{cfg.data.path}`: {counts.rows} rows, of which {counts.kept} were used; dropped: {dropped}.
+{_data(cfg, counts, step)}
 
 ## Results
 
@@ -70,6 +70,20 @@ def _guard(folder: Path) -> str:
     return "" if found is None else f"\n## Guard\n\n{found.sentence}\n"
 
 
+def _data(cfg: TrainConfig, counts: Counts, step: int) -> str:
+    """What it was trained on: rows of data, or its own images of prompts, and by whose judgement."""
+    if cfg.online is None:
+        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
+        return f"`{cfg.data.path}`: {counts.rows} rows, of which {counts.kept} were used; dropped: {dropped}."
+    own = cfg.online
+    judges = [f"`{spec}`" for spec in (*own.rewards, *([own.set_reward] if own.set_reward else []))]
+    rounds = step // own.updates
+    return (
+        f"Its own images of {counts.rows} prompts of `{cfg.data.path}`: {rounds} rounds of {own.images}, {own.group} a "
+        f"prompt, judged by {', '.join(judges) or 'people'}."
+    )
+
+
 def _loading(cfg: TrainConfig, family: Family) -> str:
     cls = family.pipelines[0]
     lines = [f"from diffusers import {cls}"]
@@ -79,12 +93,20 @@ def _loading(cfg: TrainConfig, family: Family) -> str:
             [
                 f"from diffusers import {cls}, {net}",
                 f'{family.net} = {net}.from_pretrained("path/to/this/folder", subfolder="{family.net}")',
-                f'pipeline = {cls}.from_pretrained("{cfg.model.path}", {family.net}={family.net})',
+                f"pipeline = {cls}.{_base(cfg, f'{family.net}={family.net}')}",
             ]
         )
-    lines.append(f'pipeline = {cls}.from_pretrained("{cfg.model.path}")')
+    lines.append(f"pipeline = {cls}.{_base(cfg)}")
     lines.append(family.lora_recipe)
     return "\n".join(lines)
+
+
+def _base(cfg: TrainConfig, *parts: str) -> str:
+    """The call that loads the base."""
+    if not is_single_file(cfg.model.path):
+        return f"from_pretrained({', '.join([json.dumps(cfg.model.path), *parts])})"
+    config = [] if cfg.model.config is None else [f"config={json.dumps(cfg.model.config)}"]
+    return f"from_single_file({', '.join([json.dumps(cfg.model.path), *config, *parts])})"
 
 
 def _results(folder: Path) -> str:

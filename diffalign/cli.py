@@ -204,15 +204,18 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A run's folder, a LoRA or a denoiser.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="New folder for the pipeline.")],
+    model: Annotated[str, typer.Argument(help="A run's folder, a LoRA, a denoiser or a checkpoint in one file.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="New folder; for kohya a new .safetensors file.")],
     base: Base = None,
+    form: Annotated[
+        str, typer.Option("--format", help="diffusers: a whole pipeline; kohya or peft: the LoRA alone.")
+    ] = "diffusers",
 ) -> None:
-    """Write a whole pipeline that plain Diffusers opens, with a LoRA fused into it."""
-    from diffalign.evaluate.sample import export_pipeline, model_source
+    """Write a model for other programs: a pipeline with a LoRA fused into it, or the LoRA in another form."""
+    from diffalign.evaluate import sample as samples
 
-    export_pipeline(model_source(model, base), out_dir)
-    out.print(f"pipeline: {out_dir}", highlight=False)
+    samples.export(samples.model_source(model, base), out_dir, form)
+    out.print(f"{'pipeline' if form == 'diffusers' else 'LoRA'}: {out_dir}", highlight=False)
 
 
 @app.command()

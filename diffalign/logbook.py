@@ -9,7 +9,7 @@ from typing import Any
 from diffalign.fit import StepReport
 from diffalign.validation import Validation
 
-TIME_FIELDS = ("seconds", "samples_per_second")
+TIME_FIELDS = ("seconds", "samples_per_second", "sampling_seconds")
 """Fields that differ between two runs of the same config."""
 
 

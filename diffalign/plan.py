@@ -267,10 +267,11 @@ def _family(cfg: TrainConfig) -> Family:
     try:
         return detect_family(cfg.model, weights=False)
     except InputError as error:
-        if Path(resolve(cfg.model.path, MODELS)).exists():
+        place = cfg.model.config or cfg.model.path
+        if Path(resolve(place, MODELS)).exists():
             raise
         raise InputError(
-            f"{error}; a plan needs the configs and tokenizers alone: hf download {cfg.model.path} "
+            f"{error}; a plan needs the configs and tokenizers alone: hf download {place} "
             "--include '*.json' '*.txt' 'tokenizer*/*'"
         ) from error
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -13,6 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 _SECONDS_BETWEEN_LINES = 15.0
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class Advancing(Protocol):
+    """A bar of any make, moved by one piece of work at a time."""
+
+    def advance(self) -> None: ...
 
 
 @dataclass

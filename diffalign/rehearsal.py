@@ -31,13 +31,12 @@ from diffalign.counting import (
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
 from diffalign.fit import fit
-from diffalign.models.load import load_net_config, load_scheduler_config, load_vae_config, native_resolution
+from diffalign.models.load import home, load_net_config, load_scheduler_config, load_vae_config, native_resolution
 from diffalign.models.lora import add_lora, add_reference
 from diffalign.models.policy import cast_frozen, make_reference
 from diffalign.models.save import trainable
 from diffalign.rng import SampleRng
 from diffalign.settings import TrainConfig
-from diffalign.shipped import MODELS, resolve
 from diffalign.types import Batch, Cond, Encoder, ImageBatch, PairBatch
 from diffalign.workload import Evaluations
 
@@ -136,7 +135,7 @@ def _text_pipeline(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -
     import diffusers
     import transformers
 
-    place = {"pretrained_model_name_or_path": resolve(cfg.model.path, MODELS), "revision": cfg.model.revision}
+    place = {"pretrained_model_name_or_path": home(cfg.model)[1], "revision": cfg.model.revision}
     cls = getattr(diffusers, index["_class_name"])
     parts: dict[str, Any] = dict.fromkeys(cls._get_signature_keys(cls)[0])
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_config(load_scheduler_config(cfg.model))

@@ -1,6 +1,9 @@
-"""Where the files lie that travel with the package: `assets/` and `configs/`, in a checkout and in a wheel alike."""
+"""Where the files lie that travel with the package, in a checkout and in a wheel alike: `assets/`, `configs/` and
+`pipelines/`."""
 
 from pathlib import Path
+
+from diffalign.errors import InputError, near_match
 
 _PACKAGE = Path(__file__).parent
 
@@ -27,6 +30,23 @@ def assets() -> Path:
 def configs() -> Path:
     """Folder of shipped run configs."""
     return _folder("configs")
+
+
+def pipelines() -> Path:
+    """Folder of shipped pipelines for Diffusers."""
+    return _folder("pipelines")
+
+
+def pipeline(name: str) -> str:
+    """The folder of a shipped pipeline, for `DiffusionPipeline.from_pretrained(model, custom_pipeline=...)`.
+
+    Raises:
+        InputError: None has that name.
+    """
+    known = sorted(file.parent.name for file in pipelines().glob("*/pipeline.py"))
+    if name not in known:
+        raise InputError(f"pipeline must be a shipped one, got {name!r}{near_match(name, known)}")
+    return str(pipelines() / name)
 
 
 def resolve(name: str, table: dict[str, str]) -> str:

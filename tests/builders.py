@@ -112,3 +112,22 @@ def tiny_sd_pipeline(seed: int = 0) -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def random_lora(model: str, folder: Path, seed: int) -> Path:
+    """A LoRA for a shipped tiny model that changes what it makes, as training exports it."""
+    from diffalign.denoisers import FAMILIES
+    from diffalign.models.load import ModelSource, load_pipeline
+    from diffalign.models.lora import LoraSettings, add_lora
+    from diffalign.models.save import export_lora
+
+    family = FAMILIES[model]
+    net = load_pipeline(ModelSource(path=f"tiny-{model}"), only=(family.net,)).components[family.net]
+    add_lora(net, LoraSettings(rank=2), ("to_q", "to_v"), seed=seed)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    export_lora(net, family, folder)
+    return folder

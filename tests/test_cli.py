@@ -334,7 +334,7 @@ def test_the_command_line_has_not_changed():
                 "trained_on",
             ]
         ),
-        "export": ["base", "model", "out_dir"],
+        "export": ["base", "form", "model", "out_dir"],
         "list": [],
         "plan": ["config", "json_file", "memory", "overrides", "timed"],
         "sample": sorted([*made, "base", "model"]),

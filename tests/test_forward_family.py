@@ -11,9 +11,10 @@ from diffalign.methods.awm import AWM
 from diffalign.methods.crd import CRD
 from diffalign.methods.dgpo import DGPO
 from diffalign.methods.diffusion_nft import DiffusionNFT
+from diffalign.sampling.schedule import flow_schedule, vp_schedule
 from diffalign.types import FollowsOld, OnlineMethod, Shared, TrainsAtLevels
 from tests.forward import ADVANTAGE, PREDICTIONS, RNG, Given, apart, at_old, drawn, flat_gradient, native_errors, own
-from tests.toys import toy
+from tests.toys import sd_alpha_bar, toy
 
 
 def nft_factor(policy, batch, method):
@@ -145,3 +146,24 @@ def test_levels_are_moves_of_the_walk_and_as_many_as_passes(method, moves):
     again = method.train_levels(moves, torch.Generator().manual_seed(19))
     assert again == levels
     assert replace(method, levels="path").train_levels(moves, torch.Generator()) is None
+
+
+def walk(prediction):
+    """Ten moves of SD's DDIM, or of a flow with shift 3 from pure noise on."""
+    if prediction == "velocity":
+        u = 1 - torch.arange(11) / 10
+        return flow_schedule(3 * u / (1 + 2 * u))
+    t, alpha_bar = torch.arange(901, 0, -100), sd_alpha_bar()
+    s = (t - 100).clamp(min=0)
+    return vp_schedule(t, s, alpha_bar[t], alpha_bar[s], prediction)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "velocity"])
+@pytest.mark.parametrize("method", METHODS, ids=list(FAMILY))
+def test_every_level_of_a_walk_can_be_trained_pure_noise_included(method, prediction):
+    schedule = walk(prediction)
+    assert len(schedule) == 10
+    for level in range(10):
+        out, policy = apart(method, prediction, t=schedule.moves.t[level].repeat(4))
+        assert torch.isfinite(out.loss).all()
+        assert torch.isfinite(flat_gradient(out.loss.sum(), policy.net)).all()

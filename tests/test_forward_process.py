@@ -121,7 +121,8 @@ def test_advantages_are_above_the_prompts_mean_in_units_of_the_rounds_spread():
 
 
 def test_equal_scores_are_left_out_although_their_float_mean_is_off_by_a_digit():
-    nothing = select_images(scored([0.1] * 24, [0] * 24))
+    equal = torch.full((24,), 0.1, dtype=torch.float64)
+    nothing = select_images(replace(scored([0.1] * 24, [0] * 24), scores={"clip": equal}))
     assert nothing.places.shape == (0, 1)
     assert nothing.weight.shape == (0,)
     assert nothing.metrics["zero_std_ratio"] == 1.0

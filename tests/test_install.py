@@ -66,3 +66,16 @@ for spec in ("oracle", "clip:tiny-clip", "aesthetic:tiny-aesthetic"):
     print(spec, diffalign.load_reward(spec)(torch.rand(2, 3, 64, 64), prompts))
 """
     assert run([str(installed / "python"), "-c", code], tmp_path).count("tensor") == 3
+
+
+def test_a_pipeline_is_found_in_the_wheel_by_bare_name(installed, tmp_path):
+    code = """
+from diffalign import shipped
+from diffusers import DiffusionPipeline
+for model, name in (("tiny-sd", "sd_rollout"), ("tiny-sd3", "sd3_rollout"), ("tiny-sd", "aligned")):
+    pipeline = DiffusionPipeline.from_pretrained(
+        shipped.resolve(model, shipped.MODELS), custom_pipeline=shipped.pipeline(name), trust_remote_code=True
+    )
+    print(type(pipeline).__name__, pipeline("a red circle", num_inference_steps=1).images[0].size)
+"""
+    assert run([str(installed / "python"), "-c", code], tmp_path).count("DiffalignPipeline (64, 64)") == 3

@@ -12,6 +12,7 @@ from diffalign.assemble import assemble, claim_folder
 from diffalign.config import parse
 from diffalign.data.batches import stream
 from diffalign.errors import InputError, RunError
+from diffalign.evaluate.curves import read_training
 from diffalign.logbook import Logbook
 from diffalign.online.store import Store
 from diffalign.online_rounds import own_phases
@@ -59,10 +60,6 @@ def rounds_of(folder: Path) -> list[dict]:
     return [line for line in metrics(folder) if "round" in line]
 
 
-def without_time(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "sampling_seconds"} for line in lines]
-
-
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("model", ["sd", "sd3"])
 def test_a_run_on_its_own_images_starts_every_method_where_policy_and_reference_agree(world, tmp_path, model, guidance):
@@ -76,6 +73,62 @@ def test_a_run_on_its_own_images_starts_every_method_where_policy_and_reference_
     assert (first["round"], first["images"], second["step"]) == (1, 4, 2)
     assert first["score/brightness"] != second["score/brightness"]
     assert (result.export / "pytorch_lora_weights.safetensors").is_file()
+    words = "2 rounds of 4, 2 a prompt, judged by `tests.online_rewards:brightness`."
+    assert words in (result.export / "README.md").read_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize("sampled", [2, 4, 3], ids=lambda n: f"sampled by {n}")
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize(("model", "method"), [("sd", "ddpo"), ("sd", "flow_grpo"), ("sd3", "flow_grpo")])
+def test_the_ratio_is_exactly_1_before_the_first_update(world, tmp_path, model, method, guidance, sampled):
+    moves = 4 if model == "sd" else 3
+    online = {"guidance": guidance, "batch_size": sampled, "updates": 1}
+    train = {"steps": 2, "batch_size": 2, "accumulate": 2 * moves}
+    result = diffalign.train(table(world, tmp_path / "run", model=model, method=method, online=online, train=train))
+    steps = [line for line in metrics(result.folder) if "loss" in line]
+    assert [step["ratio"] for step in steps] == [
+        1.0,
+        1.0,
+    ]  # one update a round: all of it is on the policy that sampled
+    assert [step["approx_kl"] for step in steps] == [0.0, 0.0]
+    assert [step["clipfrac"] for step in steps] == [0.0, 0.0]
+    if method == "flow_grpo":
+        assert steps[0]["kl_loss"] == 0.0
+        assert steps[1]["kl_loss"] > 0.0
+
+
+def test_a_second_update_leaves_the_policy_that_sampled(world, tmp_path):
+    train = {"steps": 2, "batch_size": 2, "accumulate": 4}
+    run = table(world, tmp_path / "run", method="ddpo", train=train, optimizer={"lr": 1e-2})
+    steps = [line for line in metrics(diffalign.train(run).folder) if "loss" in line]
+    assert steps[0]["ratio"] == 1.0
+    assert steps[1]["ratio"] != 1.0
+
+
+@pytest.mark.parametrize("options", [{"trust": "guard"}, {"trust": "mask"}, {"step_weight": "longcat"}], ids=str)
+def test_a_window_of_moves_with_noise_is_all_that_is_trained(world, tmp_path, options):
+    online = {"steps": 6, "window": {"size": 2}, "updates": 1}
+    train = {"steps": 2, "batch_size": 2, "accumulate": 4}
+    run = table(world, tmp_path / "run", model="sd3", online=online, train=train)
+    run["method"] = {"name": "flow_grpo", **options}
+    result = diffalign.train(run)
+    lines = [
+        json.loads((result.folder / "rounds" / f"round-{n}" / "manifest.jsonl").read_text().splitlines()[0])
+        for n in (1, 2)
+    ]
+    for line in lines:
+        low, high = line["window"]
+        assert high - low == 2
+        assert 0 <= low <= 1
+
+
+def test_past_scores_of_a_prompt_are_what_ddpo_looks_back_at(world, tmp_path):
+    run = table(world, tmp_path / "run", method="ddpo", online={"prompts": 4}, train={"accumulate": 8})
+    result = diffalign.train(run)
+    history = [json.loads(file.read_text()) for file in sorted((result.folder / "rounds" / "history").iterdir())]
+    assert len(history) == 2
+    assert all(sorted(table["brightness"]) == sorted(PROMPTS) for table in history)
+    assert all(len(scores) == 2 for table in history for scores in table["brightness"].values())
 
 
 OWN = {
@@ -131,6 +184,14 @@ def test_a_round_on_disk_names_every_image_and_keeps_what_people_may_look_at(wor
     assert {line["guidance"] for line in lines} == {2.0}
     assert not list(folder.glob("part-*"))  # what only training needed went when the next round began
     assert list((result.folder / "rounds" / "round-2").glob("part-*"))
+
+
+def test_a_report_draws_what_each_round_scored(world, tmp_path):
+    result = diffalign.train(table(world, tmp_path / "run"))
+    training = read_training(result.folder)
+    assert training is not None
+    assert [chart.title for chart in training.charts][:2] == ["Score by brightness", "Loss"]
+    assert training.charts[0].legend == (("brightness", "one"),)
 
 
 def test_images_of_a_prompt_share_their_noise_where_the_config_says_so(world, tmp_path):
@@ -204,7 +265,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(world, tmp_path):
     diffalign.train(stopped)
     diffalign.train(table(world, tmp_path / "stopped", resume="latest"))
     assert same(weights(whole.folder, 4), weights(tmp_path / "stopped", 4))
-    assert without_time(metrics(whole.folder)) == without_time(metrics(tmp_path / "stopped"))
+    assert metrics(whole.folder) == metrics(tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("lost", ["part-00001.safetensors", "scores-00000.json", "images/00001-0.png"])

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import diffalign
 from diffalign.errors import InputError, RunError
+from diffalign.logbook import TIME_FIELDS
 from tests import worlds
 
 
@@ -52,7 +53,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def metrics(folder: Path) -> list[dict]:
     """Lines of metrics.jsonl without the fields that tell time."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "samples_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIME_FIELDS} for line in lines]
 
 
 @pytest.mark.parametrize("method", ["diffusion_dpo", "sft"])

@@ -94,8 +94,8 @@ def sd(folder: Path, prediction: str = "epsilon", seed: int = 0) -> Path:
     return folder
 
 
-def sd3(folder: Path, seed: int = 0) -> Path:
-    """A random StableDiffusion3Pipeline without T5: 16x16 images, 8x8x4 latents."""
+def sd3(folder: Path, seed: int = 0, second: int = 16, **changes: Any) -> Path:
+    """A random StableDiffusion3Pipeline without T5: 16x16 images, 8x8x4 latents; `second` is its other CLIP's width."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
@@ -108,16 +108,17 @@ def sd3(folder: Path, seed: int = 0) -> Path:
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
-        joint_attention_dim=32,
+        joint_attention_dim=16 + second,
         caption_projection_dim=16,
-        pooled_projection_dim=32,
+        pooled_projection_dim=16 + second,
         pos_embed_max_size=8,
+        **changes,
     ).eval()
     pipeline = StableDiffusion3Pipeline(
         vae=_vae(4, shift_factor=0.1, scaling_factor=1.5),
         text_encoder=_text(CLIPTextModelWithProjection, 16),
         tokenizer=tokenizer(),
-        text_encoder_2=_text(CLIPTextModelWithProjection, 16),
+        text_encoder_2=_text(CLIPTextModelWithProjection, second),
         tokenizer_2=tokenizer(),
         text_encoder_3=None,
         tokenizer_3=None,
@@ -252,12 +253,12 @@ def dit(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def sd3_t5(folder: Path, seed: int = 0) -> Path:
+def sd3_t5(folder: Path, seed: int = 0, second: int = 16) -> Path:
     """SD3 with its third text encoder."""
     from diffusers import StableDiffusion3Pipeline
 
-    sd3(folder, seed)
-    encoder, pieces = t5(32)
+    sd3(folder, seed, second)
+    encoder, pieces = t5(16 + second)
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=encoder, tokenizer_3=pieces)
     pipeline.save_pretrained(folder)
     return folder

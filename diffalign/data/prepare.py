@@ -21,7 +21,7 @@ from diffalign.data.images import Preprocessing
 from diffalign.data.pairs import Counts, Dropped, PairReader, Row
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
-from diffalign.models.load import ModelSource, load_net_config, load_pipeline, load_vae_config
+from diffalign.models.load import ModelSource, home, load_net_config, load_pipeline, load_vae_config
 from diffalign.paths import broadcast
 from diffalign.progress import bar
 from diffalign.shipped import MODELS, resolve
@@ -121,6 +121,7 @@ def content_key(
 ) -> dict[str, Any]:
     """Everything that the content of a cache depends on, by name."""
     random = prep.flip or prep.crop == "random"
+    where, place = home(source)
     return {
         "version": 2,
         "vae": fingerprint(source.vae or source.path, source.revision, ("vae",)),
@@ -133,6 +134,7 @@ def content_key(
         "flip": prep.flip,
         "variants": prep.variants,
         "seed": seed if random else None,
+        **({"config": fingerprint(place, source.revision, ("vae", *family.text))} if where == "model.config" else {}),
         **{name: load_net_config(source, family)[name] for name in family.text_depends_on},
         **({"empty_prompt": "zeros"} if zeros else {}),
         **({"sizes": "original"} if prep.sizes else {}),
@@ -143,12 +145,12 @@ def content_key(
 def fingerprint(path: str, revision: str | None, components: Sequence[str]) -> str:
     """Which weights these are: names, sizes and ends of local files, or the hub id with its revision."""
     folder = Path(resolve(path, MODELS))
-    if not folder.is_dir():
+    if not folder.exists():
         return f"{path}@{revision or 'main'}"
     parts = [folder / c for c in components if (folder / c).is_dir()] or [folder]
     digest = hashlib.sha256()
     for part in parts:
-        for file in sorted(p for p in part.rglob("*") if p.is_file()):
+        for file in [part] if part.is_file() else sorted(p for p in part.rglob("*") if p.is_file()):
             digest.update(f"{part.name}/{file.relative_to(part)}:{file.stat().st_size};".encode())
             with file.open("rb") as handle:
                 digest.update(handle.read(1 << 20))

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffalign.denoisers.family import PLAIN, Context, Family, flow_config, flow_sampling
+from diffalign.denoisers.family import PLAIN, VAE_IN_FILE, Context, Family, flow_config, flow_sampling
 from diffalign.denoisers.features import captured, first_blocks, token_maps
+from diffalign.denoisers.kohya import Adapter, by_table
 from diffalign.errors import InputError
 from diffalign.paths import FlowPath, Prediction, TimestepSampling
 from diffalign.types import Cond
@@ -127,6 +128,37 @@ def save_lora(folder: Path, weights: dict[str, Tensor], metadata: dict[str, Any]
     )
 
 
+_AUTHORS = {
+    "joint_blocks.{}.x_block.attn.qkv": [f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"],
+    "joint_blocks.{}.x_block.attn.proj": ["transformer_blocks.{}.attn.to_out.0"],
+    "joint_blocks.{}.x_block.attn2.qkv": [f"transformer_blocks.{{}}.attn2.to_{x}" for x in "qkv"],
+    "joint_blocks.{}.x_block.attn2.proj": ["transformer_blocks.{}.attn2.to_out.0"],
+    "joint_blocks.{}.x_block.mlp.fc1": ["transformer_blocks.{}.ff.net.0.proj"],
+    "joint_blocks.{}.x_block.mlp.fc2": ["transformer_blocks.{}.ff.net.2"],
+    "joint_blocks.{}.x_block.adaLN_modulation.1": ["transformer_blocks.{}.norm1.linear"],
+    "joint_blocks.{}.context_block.attn.qkv": [f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv"],
+    "joint_blocks.{}.context_block.attn.proj": ["transformer_blocks.{}.attn.to_add_out"],
+    "joint_blocks.{}.context_block.mlp.fc1": ["transformer_blocks.{}.ff_context.net.0.proj"],
+    "joint_blocks.{}.context_block.mlp.fc2": ["transformer_blocks.{}.ff_context.net.2"],
+    "joint_blocks.{}.context_block.adaLN_modulation.1": ["transformer_blocks.{}.norm1_context.linear"],
+    "x_embedder.proj": ["pos_embed.proj"],
+    "context_embedder": ["context_embedder"],
+    "t_embedder.mlp.0": ["time_text_embed.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": ["time_text_embed.timestep_embedder.linear_2"],
+    "y_embedder.mlp.0": ["time_text_embed.text_embedder.linear_1"],
+    "y_embedder.mlp.2": ["time_text_embed.text_embedder.linear_2"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
+}
+"""Modules as the authors of SD3 name them, and those of Diffusers that are their rows."""
+
+
+def to_kohya(net: Any, adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """A LoRA in the authors' names; the last block's text side ends in shift and scale, as the final layer does."""
+    last = f"transformer_blocks.{net.config.num_layers - 1}.norm1_context.linear"
+    return by_table(net, adapters, _AUTHORS, swapped=("norm_out.linear", last))
+
+
 def _net_class() -> type:
     from diffusers import SD3Transformer2DModel
 
@@ -156,6 +188,14 @@ SD3 = Family(
     use_sampler=use_sampler,
     call_options=call_options,
     save_lora=save_lora,
+    to_kohya=to_kohya,
+    in_file={
+        "transformer": ("model.diffusion_model.joint_blocks.", "joint_blocks."),
+        "vae": VAE_IN_FILE,
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.clip_g.",),
+        "text_encoder_3": ("text_encoders.t5xxl.",),
+    },
     steps=28,
     guidance=7.0,
 )

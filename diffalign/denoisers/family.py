@@ -1,18 +1,23 @@
 """What one family of pipelines must tell: how it is recognised, loaded, conditioned, adapted and sampled."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffalign.denoisers.kohya import Adapter
 from diffalign.errors import InputError
 from diffalign.paths import DDPMPath, Prediction, TimestepSampling
 from diffalign.types import Cond, Denoiser
 
 DDPM_PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
+
+
+VAE_IN_FILE = ("first_stage_model.", "vae.")
+"""How names of a VAE's weights start in a checkpoint of one file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +160,10 @@ class Family:
         'pipeline.load_lora_weights("path/to/this/folder", weight_name="pytorch_lora_weights.safetensors")'
     )
     """How others load an exported LoRA into `pipeline`, for the model card."""
+    to_kohya: Callable[[Any, Mapping[str, Adapter]], dict[str, Tensor]] | None = None
+    """(adapted network, its LoRA by module) -> the file of kohya-ss/sd-scripts; None where it has no such models."""
+    in_file: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Component -> how names of its weights start in a checkpoint of one file, as the model's authors lay it out."""
     latent_shape: Callable[[Mapping[str, Any]], tuple[int, int, int]] = native_latents
     """Config of the trained network -> (channels, height, width) of the latents it was made for."""
     patch: int = 1

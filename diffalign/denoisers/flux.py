@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from diffalign.denoisers.family import PLAIN, Context, Family, flow_config, flow_sampling
+from diffalign.denoisers.family import PLAIN, VAE_IN_FILE, Context, Family, flow_config, flow_sampling
 from diffalign.denoisers.features import captured, first_blocks, token_maps
+from diffalign.denoisers.kohya import Adapter, by_table
 from diffalign.errors import InputError
 from diffalign.paths import FlowPath, Prediction, TimestepSampling
 from diffalign.types import Cond
@@ -160,6 +161,42 @@ def save_lora(folder: Path, weights: dict[str, Tensor], metadata: dict[str, Any]
     FluxPipeline.save_lora_weights(folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata)
 
 
+_AUTHORS = {
+    "double_blocks.{}.img_attn.qkv": [f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"],
+    "double_blocks.{}.img_attn.proj": ["transformer_blocks.{}.attn.to_out.0"],
+    "double_blocks.{}.img_mlp.0": ["transformer_blocks.{}.ff.net.0.proj"],
+    "double_blocks.{}.img_mlp.2": ["transformer_blocks.{}.ff.net.2"],
+    "double_blocks.{}.img_mod.lin": ["transformer_blocks.{}.norm1.linear"],
+    "double_blocks.{}.txt_attn.qkv": [f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv"],
+    "double_blocks.{}.txt_attn.proj": ["transformer_blocks.{}.attn.to_add_out"],
+    "double_blocks.{}.txt_mlp.0": ["transformer_blocks.{}.ff_context.net.0.proj"],
+    "double_blocks.{}.txt_mlp.2": ["transformer_blocks.{}.ff_context.net.2"],
+    "double_blocks.{}.txt_mod.lin": ["transformer_blocks.{}.norm1_context.linear"],
+    "single_blocks.{}.linear1": [
+        *[f"single_transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"],
+        "single_transformer_blocks.{}.proj_mlp",
+    ],
+    "single_blocks.{}.linear2": ["single_transformer_blocks.{}.proj_out"],
+    "single_blocks.{}.modulation.lin": ["single_transformer_blocks.{}.norm.linear"],
+    "img_in": ["x_embedder"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
+    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
+    "guidance_in.in_layer": ["time_text_embed.guidance_embedder.linear_1"],
+    "guidance_in.out_layer": ["time_text_embed.guidance_embedder.linear_2"],
+    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
+    "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+    "final_layer.linear": ["proj_out"],
+}
+"""Modules as the authors of FLUX.1 name them, and those of Diffusers that are their rows."""
+
+
+def to_kohya(net: Any, adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """A LoRA in the authors' names."""
+    return by_table(net, adapters, _AUTHORS, swapped=("norm_out.linear",))
+
+
 def _net_class() -> type:
     from diffusers import FluxTransformer2DModel
 
@@ -188,6 +225,13 @@ FLUX = Family(
     use_sampler=use_sampler,
     call_options=call_options,
     save_lora=save_lora,
+    to_kohya=to_kohya,
+    in_file={
+        "transformer": ("model.diffusion_model.double_blocks.", "double_blocks."),
+        "vae": VAE_IN_FILE,
+        "text_encoder": ("text_encoders.clip_l.",),
+        "text_encoder_2": ("text_encoders.t5xxl.",),
+    },
     latent_shape=lambda config: (config["in_channels"] // PATCH**2, SIDE, SIDE),
     patch=PATCH,
     pack=pack,

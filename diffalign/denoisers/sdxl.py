@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffalign.denoisers.family import PLAIN, Context, Family, ddpm_path
+from diffalign.denoisers.family import PLAIN, VAE_IN_FILE, Context, Family, ddpm_path
+from diffalign.denoisers.kohya import by_converter
 from diffalign.denoisers.unet import encoder_maps
 from diffalign.errors import InputError
 from diffalign.paths import DDPMPath, Prediction, TimestepSampling
@@ -159,6 +160,13 @@ SDXL = Family(
     encode_prompts=encode_prompts,
     use_sampler=use_sampler,
     save_lora=save_lora,
+    to_kohya=by_converter,
+    in_file={
+        "unet": ("model.diffusion_model.",),
+        "vae": VAE_IN_FILE,
+        "text_encoder": ("conditioner.embedders.0.transformer.",),
+        "text_encoder_2": ("conditioner.embedders.1.model.",),
+    },
     zero_empty=True,
     told_sizes=True,
     steps=50,
@@ -170,6 +178,11 @@ SDXL_REFINER = replace(
     name="sdxl_refiner",
     pipelines=("StableDiffusionXLImg2ImgPipeline",),
     optional=("text_encoder", "tokenizer"),
+    in_file={
+        "unet": ("model.diffusion_model.",),
+        "vae": VAE_IN_FILE,
+        "text_encoder_2": ("conditioner.embedders.0.model.",),
+    },
     make_denoiser=partial(make_denoiser, refiner=True),
     use_sampler=refuse_sampling,
 )

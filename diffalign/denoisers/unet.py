@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from diffalign.denoisers.family import PLAIN, Context, Family, ddpm_path
+from diffalign.denoisers.family import PLAIN, VAE_IN_FILE, Context, Family, ddpm_path
 from diffalign.denoisers.features import captured
+from diffalign.denoisers.kohya import by_converter
 from diffalign.errors import InputError
 from diffalign.paths import DDPMPath, Prediction, TimestepSampling
 from diffalign.types import Cond
@@ -109,6 +110,8 @@ SD = Family(
     encode_prompts=encode_prompts,
     use_sampler=use_sampler,
     save_lora=save_lora,
+    to_kohya=by_converter,
+    in_file={"unet": ("model.diffusion_model.",), "vae": VAE_IN_FILE, "text_encoder": ("cond_stage_model.",)},
     steps=50,
     guidance=7.5,
 )

@@ -13,6 +13,8 @@ from diffalign.errors import InputError, near_match
 from diffalign.evaluate.score import IMAGES
 from diffalign.evaluate.store import digest_of
 from diffalign.models.load import NOT_FOR_IMAGES, ModelSource, load_pipeline
+from diffalign.models.reading import hub_files, one_line
+from diffalign.models.single_file import is_checkpoint, is_single_file
 from diffalign.shipped import MODELS, resolve
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -41,7 +43,9 @@ class Arm:
         if self.images is not None:
             return _of_files(self.images, sorted(f for f in self.images.iterdir() if f.suffix.lower() in IMAGES))
         assert self.source is not None, "an arm is a model or images"
-        places = (self.source.path, self.source.vae, self.source.denoiser, self.source.lora)
+        places = [self.source.path, self.source.vae, self.source.denoiser, self.source.lora]
+        if self.source.config is not None:
+            places.append(self.source.config)
         found = [None if place is None else _of_model(place, self.source.revision) for place in places]
         return hashlib.sha256(repr((found, self.source.variant)).encode()).hexdigest()
 
@@ -91,9 +95,11 @@ def arm_source(spec: str, base: ModelSource) -> ModelSource:
     """Which model an arm is.
 
     Args:
-        spec: A pipeline (folder, hub id or shipped name), a LoRA (folder or .safetensors file), a denoiser (its
-            component folder, or a folder that holds `unet/` or `transformer/`), or the folder of a run of ours.
-        base: The pipeline under a LoRA or a denoiser. A run's folder names its own.
+        spec: A pipeline (folder, hub id, shipped name or a checkpoint in one .safetensors file), a LoRA (folder, hub id
+            or .safetensors file), a denoiser (its component folder, a folder that holds `unet/` or `transformer/`, or a
+            hub id of such files), or the folder of a run of ours.
+        base: The pipeline under a LoRA or a denoiser, whose configs a checkpoint in one file takes too. A run's folder
+            names its own.
 
     Raises:
         InputError: It is none of these.
@@ -102,8 +108,8 @@ def arm_source(spec: str, base: ModelSource) -> ModelSource:
     if place.is_file():
         return _with_file(place, base)
     if not place.is_dir():
-        if spec in MODELS or (spec.count("/") == 1 and not spec.startswith((".", "/", "~"))):
-            return ModelSource(path=spec)
+        if spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not is_single_file(spec):
+            return _of_hub(spec, base)
         raise InputError(
             "model must be a folder, a .safetensors file, a hub id or a shipped name, "
             f"got {spec!r}{near_match(spec, MODELS)}"
@@ -192,9 +198,25 @@ def _image_folder(spec: str) -> Path | None:
 
 
 def _with_file(file: Path, base: ModelSource) -> ModelSource:
-    if file.suffix == ".safetensors":
+    if not is_single_file(str(file)):
+        raise InputError(
+            f"model must be a folder or a .safetensors file of a checkpoint or a LoRA, got the file {str(file)!r}"
+        )
+    if not is_checkpoint(str(file)):
         return replace(base, lora=str(file))
-    raise InputError(f"model must be a folder or a .safetensors file of a LoRA, got the file {str(file)!r}")
+    config = base.config if is_single_file(base.path) else base.path or None
+    return ModelSource(path=str(file), config=config, revision=base.revision)
+
+
+def _of_hub(spec: str, base: ModelSource) -> ModelSource:
+    """What a repository of the hub is, by the files that it has; one that is out of reach is taken for a pipeline."""
+    nets = [f"{net}/config.json" for net in sorted({family.net for family in FAMILIES.values()})]
+    loras = ["pytorch_lora_weights.safetensors", "adapter_config.json"]
+    with one_line("model", spec):
+        found = hub_files(spec, ["model_index.json", *nets, "config.json", *loras])
+    if not found or found[0] == "model_index.json":
+        return ModelSource(path=spec)
+    return replace(base, lora=spec) if found[0] in loras else replace(base, denoiser=spec, lora=None)
 
 
 def _of_run(folder: Path) -> ModelSource:

@@ -62,12 +62,25 @@ def read_training(run: Path) -> Training | None:
         return None
     end, end_of, moved = _end(steps, [e for e in entries if "validation" in e])
     return Training(
-        charts=(*_charts(steps, held), *_by_noise(moved)),
+        charts=(*_of_rounds([e for e in entries if "round" in e]), *_charts(steps, held), *_by_noise(moved)),
         held_out=bool(held),
         displaced=len(end) == 2 and all(value < 0 for value in end.values()),
         end=end,
         end_of=end_of,
     )
+
+
+def _of_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """What each round of a run on its own images scored, by reward."""
+    names = [key for key in rounds[0] if key.startswith("score/") and key.count("/") == 1] if rounds else []
+    found = []
+    for name in names:
+        series = [Series(name=name.removeprefix("score/"), style="one", line=_line(rounds, name), points=())]
+        legend = tuple((s.name, s.style) for s in series)
+        title = f"Score by {series[0].name}"
+        about = "mean over the images of each round, before it is trained on"
+        found.append(Chart(title=title, about=about, legend=legend, svg=lines(title, series, None)))
+    return found
 
 
 def _charts(steps: Sequence[Mapping[str, Any]], held: Sequence[Mapping[str, Any]]) -> list[Chart]:

@@ -1,6 +1,6 @@
 """Images of a prompt set in a folder, and a run's export in other forms."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +8,14 @@ from torch import nn
 
 from diffalign.data.prompts import read_prompts
 from diffalign.denoisers import Family
-from diffalign.errors import InputError
+from diffalign.errors import InputError, near_match
 from diffalign.evaluate.arms import arm_source, base_source
 from diffalign.evaluate.generate import generate, save_images
 from diffalign.evaluate.preflight import pick_device
 from diffalign.evaluate.settings import batch_size
-from diffalign.models.load import ModelSource, detect_family, load_pipeline
-from diffalign.models.lora import fuse
-from diffalign.models.save import replacing
+from diffalign.models.load import ModelSource, detect_family, load_lora_into, load_pipeline
+from diffalign.models.lora import POLICY, fuse
+from diffalign.models.save import export_kohya, export_peft, replacing
 from diffalign.progress import bar
 
 
@@ -73,10 +73,50 @@ def sample_to_folder(
     return total
 
 
+FORMATS = ("diffusers", "kohya", "peft")
+"""A whole pipeline, the LoRA as one file for other programs, the LoRA as a folder of PEFT."""
+
+
+def export(source: ModelSource, out: Path, form: str = "diffusers") -> None:
+    """Writes a model in the form of others, one of `FORMATS`.
+
+    Args:
+        out: A new folder, or a new .safetensors file for "kohya".
+
+    Raises:
+        InputError: `out` exists or is of the wrong kind, or the model has no such form.
+    """
+    if form not in FORMATS:
+        raise InputError(f"format must be one of {', '.join(FORMATS)}, got {form!r}{near_match(form, FORMATS)}")
+    if out.exists():
+        raise InputError(f"output must be new, got {str(out)!r}, which exists")
+    if (out.suffix == ".safetensors") != (form == "kohya"):
+        kind = "a .safetensors file" if form == "kohya" else "a folder"
+        raise InputError(f"output must be {kind} with the format {form!r}, got {str(out)!r}")
+    if form == "diffusers":
+        export_pipeline(source, out)
+    else:
+        export_adapter(source, out, form)
+
+
+def export_adapter(source: ModelSource, out: Path, form: str) -> None:
+    """Writes a LoRA alone, for kohya's programs or for PEFT."""
+    if source.lora is None:
+        raise InputError(
+            f"model must be a LoRA, or a run that trained one, with the format {form!r}; got whole weights"
+        )
+    family = detect_family(source)
+    pipeline = load_pipeline(replace(source, lora=None), only=(family.net,))
+    load_lora_into(pipeline, family, source.lora, adapter=POLICY)
+    net = pipeline.components[family.net]
+    if form == "kohya":
+        export_kohya(net, family, out)
+    else:
+        export_peft(net, out)
+
+
 def export_pipeline(source: ModelSource, folder: Path) -> None:
     """Writes a whole pipeline that plain `DiffusionPipeline.from_pretrained` opens, a LoRA fused into its weights."""
-    if folder.exists():
-        raise InputError(f"output must be a new folder, got {str(folder)!r}, which exists")
     pipeline = load_pipeline(source)
     if source.lora is not None:
         for part in pipeline.components.values():

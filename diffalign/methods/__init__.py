@@ -5,12 +5,14 @@ from diffalign.methods.cpo import CPO
 from diffalign.methods.crd import CRD
 from diffalign.methods.curated import Curated
 from diffalign.methods.d3po import D3PO
+from diffalign.methods.ddpo import DDPO
 from diffalign.methods.dgpo import DGPO
 from diffalign.methods.diffusion_dpo import DiffusionDPO
 from diffalign.methods.diffusion_kto import DiffusionKTO
 from diffalign.methods.diffusion_nft import DiffusionNFT
 from diffalign.methods.dmpo import DMPO
 from diffalign.methods.dragon import Dragon
+from diffalign.methods.flow_grpo import FlowGRPO
 from diffalign.methods.inpo import InPO
 from diffalign.methods.linear_dpo import LinearDPO
 from diffalign.methods.mapo import MaPO
@@ -29,12 +31,14 @@ METHODS: dict[str, type] = {
     "crd": CRD,
     "curated": Curated,
     "d3po": D3PO,
+    "ddpo": DDPO,
     "dgpo": DGPO,
     "diffusion_dpo": DiffusionDPO,
     "diffusion_kto": DiffusionKTO,
     "diffusion_nft": DiffusionNFT,
     "dmpo": DMPO,
     "dragon": Dragon,
+    "flow_grpo": FlowGRPO,
     "inpo": InPO,
     "linear_dpo": LinearDPO,
     "mapo": MaPO,

@@ -1,26 +1,27 @@
-"""Into Diffusers' classes: pipelines, and single components of them, from a folder, a hub id or a shipped name.
+"""Into Diffusers' classes: pipelines, and single components of them, from a folder, a hub id, a file or a shipped name.
 
 Only safetensors are read. Nothing is loaded that was not asked for: training from a cache takes the denoiser alone.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from diffalign.denoisers import FAMILIES, Context, Family
 from diffalign.errors import InputError
-from diffalign.progress import loading
+from diffalign.models.denoiser import find_denoiser
+from diffalign.models.lora import adapter_layers
+from diffalign.models.reading import check_weights, one_line, refuse_pickle
+from diffalign.models.single_file import guess_home, is_single_file, load_parts
 from diffalign.shipped import MODELS, resolve
 
 NOT_FOR_IMAGES = {"safety_checker", "feature_extractor", "image_encoder"}
-_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,11 @@ class ModelSource:
     """Which model is aligned, and from where it starts."""
 
     path: str
-    """Folder of a Diffusers pipeline, hub id, or name of a shipped model ("tiny-sd")."""
+    """Folder of a Diffusers pipeline, hub id, name of a shipped model ("tiny-sd"), or a checkpoint in one
+    .safetensors file."""
+    config: str | None = None
+    """Beside a checkpoint in one file: folder or hub id of a pipeline with its configs, tokenizers and scheduler; None
+    is the published one that Diffusers takes the file for."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -36,7 +41,8 @@ class ModelSource:
     vae: str | None = None
     """Folder or hub id of another AutoencoderKL than the pipeline's own."""
     denoiser: str | None = None
-    """Folder or hub id of a fine-tuned denoiser (or of a run's export) to start from; it is the reference too."""
+    """Fine-tuned denoiser to start from: a folder or hub id, a run's export, or a checkpoint in one file; it is the
+    reference too."""
     lora: str | None = None
     """Folder or file of a LoRA to start from; base and LoRA together are the reference too."""
 
@@ -52,18 +58,37 @@ def pipeline_index(source: ModelSource, *, weights: bool = True) -> dict[str, An
     """
     from diffusers import DiffusionPipeline
 
-    path = resolve(source.path, MODELS)
-    if path.endswith(_PICKLE):
-        raise InputError(_pickle_message("model.path", path))
+    refuse_pickle("model.path", resolve(source.path, MODELS))
+    where, path = home(source)
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+        alone = (Path(path) / "config.json").is_file() or any((Path(path) / f.net).is_dir() for f in FAMILIES.values())
+        remedy = "; a denoiser alone is named as model.denoiser, beside the pipeline that it belongs to"
         raise InputError(
-            f"model.path must be the folder of a Diffusers pipeline, got {path!r} without model_index.json"
+            f"{where} must be the folder of a Diffusers pipeline, got {path!r} without model_index.json"
+            f"{remedy if alone else ''}"
         )
-    with _one_line("model.path", path):
+    with one_line(where, path):
         index = DiffusionPipeline.load_config(path, revision=source.revision)
-    if weights and Path(path).is_dir():
+    if weights and where == "model.path" and Path(path).is_dir():
         _check_folder(Path(path), index)
     return dict(index)
+
+
+def home(source: ModelSource) -> tuple[str, str]:
+    """(key, folder or hub id) of the pipeline's configs, tokenizers and scheduler.
+
+    Raises:
+        InputError: A checkpoint's file is not there, or a config is named beside a pipeline.
+    """
+    path = resolve(source.path, MODELS)
+    if not is_single_file(path):
+        if source.config is not None:
+            raise InputError(
+                f"model.config must be left out unless model.path is a .safetensors file, got {source.config!r} beside "
+                f"{source.path!r}"
+            )
+        return "model.path", path
+    return "model.config", guess_home(path) if source.config is None else resolve(source.config, MODELS)
 
 
 def detect_family(source: ModelSource, *, weights: bool = True) -> Family:
@@ -98,14 +123,17 @@ def load_pipeline(source: ModelSource, *, only: Sequence[str] | None = None, net
     wanted = set(there) - NOT_FOR_IMAGES if only is None else {*only, "scheduler"}
     parts: dict[str, Any] = {name: None for name, present in there.items() if not present or name not in wanted}
     if source.vae is not None and "vae" in wanted:
-        parts["vae"] = load_vae(source)
+        parts["vae"] = load_vae(source.vae)
     if net is None and source.denoiser is not None and family.net in wanted:
         parts[family.net] = load_net(source, family)
     if net is not None:
         parts[family.net] = net
-    with _one_line("model.path", source.path):
+    where, place = home(source)
+    if is_single_file(source.path):
+        parts |= _from_file(source, family, [name for name in family.in_file if name in wanted and name not in parts])
+    with one_line(where, place):
         pipeline = DiffusionPipeline.from_pretrained(
-            resolve(source.path, MODELS),
+            place,
             revision=source.revision,
             variant=source.variant,
             use_safetensors=True,
@@ -128,44 +156,52 @@ def load_lora_into(pipeline: Any, family: Family, path: str, *, adapter: str | N
     Raises:
         InputError: It is a pickle, it cannot be read, or it adapts a text encoder that the pipeline does not hold.
     """
-    if path.endswith(_PICKLE):
-        raise InputError(_pickle_message("model.lora", path))
+    refuse_pickle("model.lora", path)
     place = Path(path)
     file = place if place.is_file() else next(iter(sorted(place.glob("*.safetensors"))), None)
     if place.exists() and file is None:
         raise InputError(f"model.lora must hold a .safetensors file, got {path!r} with none")
-    with _one_line("model.lora", path):
-        if file is None:
-            family.load_lora(pipeline, path, None, adapter)
-            return
-        with safe_open(file, framework="pt") as content:
-            foreign = [k for k in content.keys() if k.startswith(("text_encoder", "lora_te"))]
-        if foreign and pipeline.components.get("text_encoder") is None:
-            raise InputError(f"model.lora must adapt the denoiser only, got {path!r} with {foreign[0]!r}")
-        family.load_lora(pipeline, str(file.parent), file.name, adapter)
+    with one_line("model.lora", path):
+        if file is not None:
+            with safe_open(file, framework="pt") as content:
+                foreign = [k for k in content.keys() if k.startswith(("text_encoder", "lora_te"))]
+            if foreign and pipeline.components.get("text_encoder") is None:
+                raise InputError(f"model.lora must adapt the denoiser only, got {path!r} with {foreign[0]!r}")
+        folder, name = (path, None) if file is None else (str(file.parent), file.name)
+        family.load_lora(pipeline, folder, name, adapter)
+    if not any(adapter_layers(part) for part in pipeline.components.values() if isinstance(part, nn.Module)):
+        raise InputError(
+            f"model.lora must be a LoRA in a form that Diffusers reads for the family {family.name!r}, got {path!r}, "
+            "which adapts nothing of it"
+        )
 
 
 def load_net(source: ModelSource, family: Family) -> nn.Module:
     """The denoiser alone: the source's fine-tuned one if it names one, else the pipeline's."""
     if source.denoiser is None:
+        if is_single_file(source.path):
+            return _from_file(source, family, [family.net])[family.net]
         return _component(family.net_class(), source, resolve(source.path, MODELS), family.net)
     path = resolve(source.denoiser, MODELS)
-    if path.endswith(_PICKLE):
-        raise InputError(_pickle_message("model.denoiser", path))
-    inside = Path(path) / family.net
-    subfolder = family.net if inside.is_dir() or not Path(path).is_dir() else None
+    refuse_pickle("model.denoiser", path)
+    if is_single_file(path):
+        return _from_file(source, family, [family.net], path, "model.denoiser")[family.net]
+    subfolder = find_denoiser(path, family, load_net_config(source, family))
     return _component(family.net_class(), ModelSource(path=path), path, subfolder, where="model.denoiser")
 
 
-def load_vae(source: ModelSource) -> Any:
-    """The AutoencoderKL alone."""
+def _from_file(
+    source: ModelSource, family: Family, names: Sequence[str], file: str | None = None, where: str = "model.path"
+) -> dict[str, Any]:
+    return load_parts(family, file or source.path, home(source)[1], names, revision=source.revision, where=where)
+
+
+def load_vae(place: str) -> Any:
+    """An AutoencoderKL alone, from its folder, a pipeline's, or a hub id."""
     from diffusers import AutoencoderKL
 
-    if source.vae is None:
-        return _component(AutoencoderKL, source, resolve(source.path, MODELS), "vae")
-    path = resolve(source.vae, MODELS)
-    if path.endswith(_PICKLE):
-        raise InputError(_pickle_message("model.vae", path))
+    path = resolve(place, MODELS)
+    refuse_pickle("model.vae", path)
     subfolder = "vae" if (Path(path) / "vae").is_dir() else None
     return _component(AutoencoderKL, ModelSource(path=path), path, subfolder, where="model.vae")
 
@@ -174,16 +210,16 @@ def load_vae_config(source: ModelSource) -> dict[str, Any]:
     """Scaling constants and sizes of the VAE, without its weights."""
     from diffusers import AutoencoderKL
 
-    path = resolve(source.vae or source.path, MODELS)
+    where, path = ("model.vae", resolve(source.vae, MODELS)) if source.vae else home(source)
     subfolder = "vae" if source.vae is None or (Path(path) / "vae").is_dir() else None
-    with _one_line("model.vae" if source.vae else "model.path", path):
+    with one_line(where, path):
         return dict(AutoencoderKL.load_config(path, subfolder=subfolder, revision=source.revision))
 
 
 def load_net_config(source: ModelSource, family: Family) -> dict[str, Any]:
     """Sizes of the pipeline's denoiser, without its weights; what a config leaves out is its class's default."""
-    path = resolve(source.path, MODELS)
-    with _one_line("model.path", path):
+    where, path = home(source)
+    with one_line(where, path):
         cls: Any = family.net_class()
         named = {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values()}
         defaults = {k: v for k, v in named.items() if v is not inspect.Parameter.empty}
@@ -227,16 +263,16 @@ def load_scheduler_config(source: ModelSource) -> dict[str, Any]:
     """The folder's scheduler config."""
     from diffusers import DDPMScheduler
 
-    path = resolve(source.path, MODELS)
-    with _one_line("model.path", path):
+    where, path = home(source)
+    with one_line(where, path):
         return dict(DDPMScheduler.load_config(path, subfolder="scheduler", revision=source.revision))
 
 
 def _component(cls: Any, source: ModelSource, path: str, subfolder: str | None, where: str = "model.path") -> Any:
     folder = Path(path) / (subfolder or "")
     if Path(path).is_dir():
-        _check_weights(folder, where)
-    with _one_line(where, str(folder) if Path(path).is_dir() else path):
+        check_weights(folder, where)
+    with one_line(where, str(folder) if Path(path).is_dir() else path):
         net = cls.from_pretrained(
             path, subfolder=subfolder, revision=source.revision, variant=source.variant, use_safetensors=True,
             dtype=torch.float32,
@@ -264,35 +300,4 @@ def _check_folder(folder: Path, index: dict[str, Any]) -> None:
                 f"model.path must hold the component {name!r} of its model_index.json, missing in {folder}"
             )
         if (part / "config.json").is_file():
-            _check_weights(part, "model.path")
-
-
-def _check_weights(folder: Path, where: str) -> None:
-    if not folder.is_dir():
-        raise InputError(f"{where} must be a folder with weights, got {str(folder)!r}, which is missing")
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLE)
-    if pickles:
-        raise InputError(_pickle_message(where, str(pickles[0])))
-    raise InputError(f"{where} must hold a .safetensors file in {str(folder)!r}, got none")
-
-
-def _pickle_message(where: str, path: str) -> str:
-    return (
-        f"{where} must be safetensors weights, got the pickle checkpoint {path!r}, which can run code when read; "
-        "convert it first (load it in a trusted place, then save_pretrained(..., safe_serialization=True))"
-    )
-
-
-@contextmanager
-def _one_line(where: str, path: str) -> Iterator[None]:
-    """Turns the loaders' long messages into one line that names the key and the path."""
-    try:
-        with loading(resolve(path, MODELS)):
-            yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{where} must be a loadable model, got {path!r}: {reason}") from error
+            check_weights(part, "model.path")

@@ -98,8 +98,7 @@ def flow_sde(
     _check(step, "flow", "flow_sde", eta, last=last)
     if limit <= 0:
         raise InputError(f"kernel.limit must be positive, got {limit}")
-    star = torch.where(step.sigma_t == 1, step.sigma_1, step.sigma_t)
-    g = (eta * (step.sigma_t / (1 - star)).sqrt()).clamp(max=limit / step.length.sqrt())
+    g = (eta * step.odds.sqrt()).clamp(max=limit / step.length.sqrt())
     return _euler(pred, x_t, step, g, last)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.errors import InputError, RunError
-from diffalign.progress import Bar
+from diffalign.progress import Advancing
 from diffalign.rng import generator
 from diffalign.sampling.kernels import Kernel, ode
 from diffalign.sampling.schedule import Schedule
@@ -89,9 +89,10 @@ def rollout(
     seeds: Sequence[int],
     *,
     x_init: Float[Tensor, "b c h w"],
+    variance_noise: Float[Tensor, "_b _n _c _h _w"] | None = None,
     window: range | None = None,
     keep: Keep | None = None,
-    shown: Bar | None = None,
+    shown: Advancing | None = None,
 ) -> Trajectory:
     """Samples of a model and the way to them; without gradient, and under the caller's autocast.
 
@@ -99,16 +100,18 @@ def rollout(
         denoiser: A `Guided` one for guidance.
         seeds: Of every image, for the noise of its moves; images of a group differ in it.
         x_init: Standard normal, on the model's device; `initial_noise`, or the same noise for a whole group.
+        variance_noise: Standard normal, for every move of the schedule, in place of that from the seeds.
         window: Moves with noise; outside it the walk is the noise-free one. None is wherever the kernel has noise.
         shown: A bar to advance by each move.
 
     Raises:
-        InputError: A window that cannot be.
+        InputError: A window that cannot be, or noise of another shape.
         RunError: An image is not finite.
     """
     keep = keep or Keep()
     if not len(seeds) == len(x_init) == len(next(iter(cond.tensors.values()))):
         raise ValueError(f"seeds, x_init and cond must be of one length, got {len(seeds)} and {len(x_init)}")
+    _check_noise(variance_noise, (len(x_init), len(schedule), *x_init.shape[1:]))
     noisy = noisy_steps(kernel, schedule, window)
     kept = _kept_levels(noisy, len(schedule), keep)
     x = _stored(schedule.start_std * x_init.float(), 0 in kept, keep)
@@ -119,7 +122,7 @@ def rollout(
         if keep.x_0_hat:
             x_0_hat.append(step.implied(pred, x)[0])
         move = kernel(pred, x, step) if i in noisy else ode(pred, x, step)
-        x_s = move.sample(_step_noise(seeds, i, x)) if i in noisy else move.mean
+        x_s = move.sample(_step_noise(seeds, i, x, variance_noise)) if i in noisy else move.mean
         x = _stored(x_s, i + 1 in kept, keep)
         if i in noisy:
             log_prob.append(kernel.log_prob(move, x))
@@ -166,9 +169,18 @@ def _stored(x: Float[Tensor, "b c h w"], kept: bool, keep: Keep) -> Float[Tensor
     return x.to(_DTYPES[keep.dtype]).float() if kept else x
 
 
-def _step_noise(seeds: Sequence[int], step: int, like: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+def _step_noise(
+    seeds: Sequence[int], step: int, like: Float[Tensor, "b c h w"], given: Tensor | None
+) -> Float[Tensor, "b c h w"]:
+    if given is not None:
+        return given[:, step].to(like)
     rows = [torch.randn(like.shape[1:], generator=generator(seed, "step", step)) for seed in seeds]
     return torch.stack(rows).to(like.device)
+
+
+def _check_noise(given: Tensor | None, shape: tuple[int, ...]) -> None:
+    if given is not None and given.shape != shape:
+        raise InputError(f"variance_noise must have shape {shape}, with noise for each move, got {tuple(given.shape)}")
 
 
 def _check_finite(x: Float[Tensor, "b c h w"], seeds: Sequence[int]) -> None:

@@ -46,6 +46,14 @@ class Step:
         """sigma_t - sigma_s, positive: minus the dt of papers on flows."""
         return self.sigma_t - self.sigma_s
 
+    @property
+    def odds(self) -> Float[Tensor, " b"]:
+        """sigma_t / (1 - sigma_t) of a flow; at sigma_t = 1, where it is infinite, with the table's second sigma below.
+
+        The second sigma as in the authors' code of Flow-GRPO (yifan123/flow_grpo), and in GenRL's of LongCat.
+        """
+        return self.sigma_t / (1 - torch.where(self.sigma_t == 1, self.sigma_1, self.sigma_t))
+
     def rows(self, index: Int[Tensor, " n"]) -> "Step":
         """Moves by number."""
         names = ("t", "s", "alpha_t", "sigma_t", "alpha_s", "sigma_s", "sigma_1")

@@ -29,6 +29,13 @@ class KernelWalk:
     def length(self, step: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
         return self.schedule.step(step).length.float()
 
+    def odds(self, step: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        return self.schedule.step(step).odds.float()
+
+    @property
+    def stds(self) -> Float[Tensor, " n"]:
+        return self.kernel.stds(self.schedule).float()
+
     def noise_level(self, step: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
         last = len(self.schedule) - 1
         return (last - step.cpu()).float() / max(1, last)

@@ -45,6 +45,15 @@ class Walk(Protocol):
         """sigma_t - sigma_s, minus the dt of papers on flows; float32."""
         ...
 
+    def odds(self, step: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """sigma_t / (1 - sigma_t), of flows alone; float32, and finite at the first move too."""
+        ...
+
+    @property
+    def stds(self) -> Float[Tensor, " n"]:
+        """Standard deviation of every move: 0 where it has no noise; float32."""
+        ...
+
     def noise_level(self, step: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Where each move starts between the last one (0) and the first (1); float32."""
         ...
