@@ -10,7 +10,7 @@ import torch
 
 from diffalign import attention, environment
 from diffalign import checkpoint as disk
-from diffalign.checks import REFERENCE_DECAY, context_of, method_name, reference_kind
+from diffalign.checks import REFERENCE_DECAY, check_batch, context_of, method_name, reference_kind
 from diffalign.config import dump
 from diffalign.data.batches import Collator, Rows
 from diffalign.data.cache import Share
@@ -27,6 +27,7 @@ from diffalign.data.prepare import (
 )
 from diffalign.denoisers import Context, Family
 from diffalign.errors import InputError
+from diffalign.guard.parts import GuardParts, Standing, make_guard
 from diffalign.models.load import detect_family
 from diffalign.models.policy import Reference, cast_frozen, load_policy, make_reference
 from diffalign.models.save import trainable
@@ -73,6 +74,7 @@ class Parts:
     """Held-out rows, without prompt dropout."""
     online: OnlineParts | None
     """Of a run on its own images."""
+    guard: GuardParts | None
     counts: Counts
     start: int
     """Steps taken before, in a resumed run."""
@@ -99,6 +101,7 @@ def assemble(cfg: TrainConfig) -> Parts:
     folder = Path(cfg.output)
     resumed = find_checkpoint(folder, cfg)
 
+    guard = None if cfg.guard is None else make_guard(cfg.guard, cfg.online, cfg.data.path)
     adapted = cfg.train.trainable == "lora"
     lora, told = cfg.lora if adapted else None, context_of(cfg, family)
     policy = load_policy(cfg.model, family, cfg.timesteps, lora=lora, seed=cfg.seed, context=told)
@@ -132,6 +135,7 @@ def assemble(cfg: TrainConfig) -> Parts:
         collator=collator,
         held=held,
         online=online,
+        guard=guard,
         counts=counts if online is None else Counts(rows=len(online.prompts), kept=len(online.prompts)),
         start=0,
         metrics_offset=0,
@@ -342,6 +346,7 @@ def restore(parts: Parts, folder: Path) -> Parts:
         parts,
         start=found.step,
         metrics_offset=found.state["metrics_offset"],
+        guard=parts.guard and replace(parts.guard, standing=Standing(**found.state["guard"])),
         best=Best(**found.state["best"]),
         rewards=RunningMean(**found.state["rewards"]),
     )
@@ -352,15 +357,6 @@ def follow(parts: Parts) -> None:
     if parts.reference is not None and reference_kind(parts.cfg) == "ema":
         decay = parts.cfg.train.reference_decay
         parts.reference.follow(parts.parameters, decay=REFERENCE_DECAY if decay is None else decay)
-
-
-def check_batch(cfg: TrainConfig, processes: int) -> None:
-    """Raises InputError where a mean over a micro-batch would be one over a single sample."""
-    if cfg.method.needs.batch_statistics and cfg.train.batch_size * processes < 2:
-        raise InputError(
-            f"config.train.batch_size must be at least 2 over all processes with method {method_name(cfg.method)!r}, "
-            f"whose baseline is a mean over the batch; got {cfg.train.batch_size} on {processes} process"
-        )
 
 
 def check_prompts(cfg: TrainConfig, rows: Rows) -> None:
@@ -386,6 +382,7 @@ def state_of(parts: Parts, step: int, metrics_offset: int, rewards: RunningMean)
         state={
             "metrics_offset": metrics_offset,
             "best": asdict(parts.best),
+            "guard": None if parts.guard is None else asdict(parts.guard.standing),
             "rewards": rewards.numbers(),
             "scaler": None if scaler is None else scaler.state_dict(),
         },

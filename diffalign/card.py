@@ -8,6 +8,7 @@ from typing import Any
 from diffalign.data.pairs import Counts
 from diffalign.denoisers import Family
 from diffalign.environment import versions
+from diffalign.evaluate.watched import read_watch
 from diffalign.models.single_file import is_single_file
 from diffalign.settings import TrainConfig
 from diffalign.strict import to_toml
@@ -47,12 +48,12 @@ def model_card(
 
 ## Data
 
-{_data(cfg, counts)}
+{_data(cfg, counts, step)}
 
 ## Results
 
 {_results(folder)}
-
+{_guard(folder)}
 ## Config
 
 ```toml
@@ -63,14 +64,20 @@ Made with {", ".join(f"{package} {version}" for package, version in used.items()
 """
 
 
-def _data(cfg: TrainConfig, counts: Counts) -> str:
+def _guard(folder: Path) -> str:
+    """What the guard of the run found, if it had one."""
+    found = read_watch(folder)
+    return "" if found is None else f"\n## Guard\n\n{found.sentence}\n"
+
+
+def _data(cfg: TrainConfig, counts: Counts, step: int) -> str:
     """What it was trained on: rows of data, or its own images of prompts, and by whose judgement."""
     if cfg.online is None:
         dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
         return f"`{cfg.data.path}`: {counts.rows} rows, of which {counts.kept} were used; dropped: {dropped}."
     own = cfg.online
     judges = [f"`{spec}`" for spec in (*own.rewards, *([own.set_reward] if own.set_reward else []))]
-    rounds = cfg.train.steps // own.updates
+    rounds = step // own.updates
     return (
         f"Its own images of {counts.rows} prompts of `{cfg.data.path}`: {rounds} rounds of {own.images}, {own.group} a "
         f"prompt, judged by {', '.join(judges) or 'people'}."

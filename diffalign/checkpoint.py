@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +82,11 @@ def checkpoints(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def prune(root: Path, *, keep_last: int, keep: int | None) -> None:
-    """Removes all but the last `keep_last` checkpoints and the one of step `keep`."""
+def prune(root: Path, *, keep_last: int, keep: Collection[int | None]) -> None:
+    """Removes all but the last `keep_last` checkpoints and those of steps in `keep`."""
     steps = list(checkpoints(root))
     for step in steps[: max(0, len(steps) - keep_last)]:
-        if step != keep:
+        if step not in keep:
             shutil.rmtree(root / f"step-{step}")
 
 

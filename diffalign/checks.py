@@ -29,6 +29,7 @@ def check(config: TrainConfig) -> None:
     _check_method(config)
     _check_rounds(config)
     check_online(config)
+    _check_guard(config)
     _check_ranges(config)
     _check_sections(config)
 
@@ -99,6 +100,27 @@ def _check_rounds(config: TrainConfig) -> None:
         )
 
 
+def _check_guard(config: TrainConfig) -> None:
+    """Looks that happen, between rounds, and held-out rewards that are held out."""
+    guard, online = config.guard, config.online
+    if guard is None:
+        return
+    if guard.every > config.train.steps:
+        raise InputError(
+            f"config.guard.every must be at most train.steps, {config.train.steps}, or there is no look; got "
+            f"{guard.every}"
+        )
+    if online is not None and guard.every % online.updates:
+        raise InputError(
+            f"config.guard.every must be a multiple of online.updates, {online.updates}, got {guard.every}"
+        )
+    if online is not None and online.rewards and guard.trained:
+        raise InputError(
+            "config.guard.trained must be left out with online.rewards, which are what is trained; got "
+            f"{', '.join(guard.trained)}"
+        )
+
+
 def _check_ranges(config: TrainConfig) -> None:
     for name, value, least in (
         ("train.steps", config.train.steps, 1),
@@ -140,6 +162,17 @@ def _check_sections(config: TrainConfig) -> None:
         )
     if config.checkpoint.best is not None and config.validation is None:
         raise InputError("config.checkpoint.best must be left out without [validation], which measures it")
+
+
+def check_batch(config: TrainConfig, processes: int) -> None:
+    """Raises InputError where a mean over a micro-batch would be one over a single sample."""
+    size = config.train.batch_size
+    if config.method.needs.batch_statistics and size * processes < 2:
+        raise InputError(
+            "config.train.batch_size must be at least 2 over all processes with method "
+            f"{method_name(config.method)!r}, "
+            f"whose baseline is a mean over the batch; got {size} on {processes} process"
+        )
 
 
 def context_of(config: TrainConfig, family: Family) -> Context:

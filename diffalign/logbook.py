@@ -14,7 +14,7 @@ TIME_FIELDS = ("seconds", "samples_per_second", "sampling_seconds")
 
 
 class Logbook:
-    """metrics.jsonl, one JSON object a line: a training step, a validation, or the start of a round."""
+    """metrics.jsonl, one JSON object a line: a training step, a validation, the start of a round, a look."""
 
     def __init__(self, file: Path, accelerator: Any, start: int) -> None:
         """Opens the file, cut back to its first `start` bytes; only the main process writes."""
@@ -72,6 +72,11 @@ class Logbook:
         """Writes what a round began with, after `step` steps."""
         self._write({"step": step, **entry})
         self.accelerator.log({f"rounds/{k}": v for k, v in entry.items()}, step=step)
+
+    def guard(self, step: int, entry: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
+        """Writes what the guard found at a look, and its `numbers` to trackers."""
+        self._write({"step": step, "guard": entry})
+        self.accelerator.log({f"guard/{k}": v for k, v in numbers.items()}, step=step)
 
     def __enter__(self) -> "Logbook":
         return self

@@ -50,7 +50,9 @@ def _check_resumable(folder: Path, cfg: TrainConfig, table: Mapping[str, Any]) -
             f"config.output must be a new folder, got {cfg.output!r} with a run at step {steps}; "
             'set resume = "latest" to go on with it, or name another folder'
         )
-    changed = [c for c in changed_keys(written, table) if not c.startswith(_FREE_TO_CHANGE)]
+    rolls_back = cfg.guard is not None and cfg.guard.action == "roll_back"  # needs checkpoints of all that was whole
+    free = _FREE_TO_CHANGE if rolls_back else (*_FREE_TO_CHANGE, "guard.action")
+    changed = [c for c in changed_keys(written, table) if not c.startswith(free)]
     changed += _changed_rounds(written, cfg)
     if changed:
         raise InputError(

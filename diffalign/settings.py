@@ -6,6 +6,7 @@ from typing import Literal
 from diffalign.attention import Attention
 from diffalign.data.selfsampled import RoundSettings
 from diffalign.data.sources import PairSource
+from diffalign.guard.settings import GuardSettings
 from diffalign.models.load import ModelSource
 from diffalign.models.lora import LoraSettings
 from diffalign.online.settings import OnlineSettings
@@ -163,4 +164,6 @@ class TrainConfig:
     """Where the method needs them: the losers of a round are sampled before it."""
     online: OnlineSettings | None = None
     """Where the method trains on its own images: prompts are those of data.path."""
+    guard: GuardSettings | None = None
+    """Watches for training that pleases its own reward alone."""
     export: ExportSettings = field(default_factory=ExportSettings)

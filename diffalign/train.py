@@ -20,11 +20,12 @@ from diffalign.data.batches import stream
 from diffalign.errors import RunError
 from diffalign.fit import NotFinite, StepReport, fit
 from diffalign.grids import save_grid
+from diffalign.guarding import watch
 from diffalign.logbook import Logbook
 from diffalign.models.save import export_full, export_lora
 from diffalign.online_rounds import own_phases
 from diffalign.plan import remedy
-from diffalign.progress import bar
+from diffalign.progress import Bar, bar
 from diffalign.rounds import Phase, phases
 from diffalign.settings import OptimizerSettings, TrainConfig
 from diffalign.types import RunningMean
@@ -70,7 +71,7 @@ def train(parts: Parts, book: Logbook) -> None:
     rewards = parts.rewards
     set_lr(parts, parts.start)
     made = phases(parts, book) if parts.online is None else own_phases(parts, book)
-    for phase in made:
+    while not ended(parts) and (phase := next(made, None)) is not None:
         rewards = take_steps(parts, phase, book, rewards)
 
 
@@ -80,8 +81,8 @@ def take_steps(parts: Parts, phase: Phase, book: Logbook, rewards: RunningMean) 
     batches = stream(
         phase.collator, batch_size=t.batch_size, accumulate=t.accumulate, share=parts.share, start_step=phase.start
     )
-    if phase.start == 0:
-        look(parts, phase, book, 0, rewards)
+    if phase.start == 0 and look(parts, phase, book, 0, rewards):
+        save(parts, book, 0, rewards)
     main = parts.accelerator.is_main_process
     with kept_aside(parts), bar("training", t.steps, shown=main, done=phase.start) as shown:
         for report in fit(
@@ -106,19 +107,31 @@ def take_steps(parts: Parts, phase: Phase, book: Logbook, rewards: RunningMean) 
             if report.step % t.log_every == 0 or report.step == t.steps:
                 book.step(report, parts.optimizer.param_groups[0]["lr"])
             set_lr(parts, report.step)
-            improved = look(parts, phase, book, report.step, rewards)
-            if improved or report.step % cfg.checkpoint.every == 0 or report.step == phase.stop:
+            wanted = look(parts, phase, book, report.step, rewards, shown)
+            if wanted or report.step % cfg.checkpoint.every == 0 or report.step == phase.stop:
                 save(parts, book, report.step, rewards)
             shown.advance(note=note(report))
+            if ended(parts):
+                break
     return rewards
 
 
-def look(parts: Parts, phase: Phase, book: Logbook, step: int, rewards: RunningMean) -> bool:
-    """Pictures and held-out pairs at the steps that have them; True where the chosen measure was beaten."""
+def look(parts: Parts, phase: Phase, book: Logbook, step: int, rewards: RunningMean, shown: Bar | None = None) -> bool:
+    """Pictures, the guard and held-out pairs at the steps that have them; True where a checkpoint is wanted."""
     cfg = parts.cfg
     if cfg.samples is not None and step % cfg.samples.every == 0 and parts.accelerator.is_main_process:
         with exported_weights(parts):
             save_grid(parts.folder / "samples", step, cfg.model, parts.family, parts.net, cfg.samples)
+    wanted = False
+    if parts.guard is not None and parts.guard.looks_at(step):
+        with exported_weights(parts):
+            wanted = watch(parts, parts.guard, book, step, shown)
+    return validated(parts, phase, book, step, rewards) or wanted
+
+
+def validated(parts: Parts, phase: Phase, book: Logbook, step: int, rewards: RunningMean) -> bool:
+    """Held-out pairs at the steps that have them; True where the chosen measure was beaten."""
+    cfg = parts.cfg
     if cfg.validation is None or phase.held is None or step % cfg.validation.every:
         return False
     result = validate(
@@ -147,25 +160,28 @@ def look(parts: Parts, phase: Phase, book: Logbook, step: int, rewards: RunningM
 
 
 def save(parts: Parts, book: Logbook, step: int, rewards: RunningMean) -> None:
-    """A checkpoint of `step`; older ones beyond `keep_last` go, the best one stays."""
-    root = parts.folder / "checkpoints"
-    state = state_of(parts, step, book.offset, rewards)
+    """A checkpoint of `step`; older ones beyond `keep_last` go, the best one and what the guard goes back to stay."""
+    root, guard = parts.folder / "checkpoints", parts.guard
+    state = state_of(parts, step, book.offset if step else 0, rewards)  # a run from the start writes all lines anew
+    whole = guard.standing.whole if guard is not None and guard.rolls_back else None
     if parts.accelerator.is_main_process:
         with disk.enough_room(root, root):
             disk.save_checkpoint(root, state)
-        disk.prune(root, keep_last=parts.cfg.checkpoint.keep_last, keep=parts.best.step)
+        disk.prune(root, keep_last=parts.cfg.checkpoint.keep_last, keep=(parts.best.step, whole))
     parts.accelerator.wait_for_everyone()
 
 
 def export(parts: Parts) -> RunResult:
-    """Writes `export/` and the model card, from the best checkpoint if the config chose a measure."""
+    """Writes `export/` and the model card, from the checkpoint that was chosen if there is one."""
     cfg, folder = parts.cfg, parts.folder
     out = folder / "export"
-    step = cfg.train.steps
-    best = disk.checkpoints(folder / "checkpoints").get(parts.best.step or -1)
-    if best is not None and parts.best.step != step:
-        step = parts.best.step or step
-        found = disk.load_checkpoint(best)
+    step, chosen = last_step(parts), chosen_step(parts)
+    kept = disk.checkpoints(folder / "checkpoints").get(chosen)
+    if kept is None and ended(parts):
+        raise RunError(f"{folder / 'checkpoints'} must hold step-{chosen}, which the guard ended the run with")
+    if kept is not None and chosen != step:
+        step = chosen
+        found = disk.load_checkpoint(kept)
         disk.restore_(parts.parameters, found.weights if found.ema is None else found.ema)
     elif parts.ema is not None:
         parts.ema.copy_to(parts.parameters.values())
@@ -182,6 +198,24 @@ def export(parts: Parts) -> RunResult:
             push(out, cfg.export.push_to_hub)
     parts.accelerator.wait_for_everyone()
     return RunResult(folder=folder, export=out, step=step)
+
+
+def ended(parts: Parts) -> bool:
+    """The guard has ended the run."""
+    return parts.guard is not None and parts.guard.over
+
+
+def last_step(parts: Parts) -> int:
+    """Step of the weights as they are."""
+    return parts.guard.standing.looked if parts.guard is not None and parts.guard.over else parts.cfg.train.steps
+
+
+def chosen_step(parts: Parts) -> int:
+    """Step of the weights that are exported: where the guard goes back to, the best by a measure, or the last."""
+    guard = parts.guard
+    if guard is not None and guard.over and guard.rolls_back:
+        return guard.standing.whole
+    return parts.best.step or last_step(parts)
 
 
 def push(folder: Path, name: str) -> None:

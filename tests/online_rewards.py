@@ -31,3 +31,8 @@ def blind(images: Tensor, prompts: Sequence[str]) -> Tensor:
 def short(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """One score too few."""
     return images.mean((1, 2, 3))[1:]
+
+
+def darkness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """What brightness takes away."""
+    return -brightness(images, prompts)

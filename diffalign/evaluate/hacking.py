@@ -31,6 +31,8 @@ from diffalign.progress import Bar
 from diffalign.rewards.lpips import PerceptualDistance
 from diffalign.types import Reward
 
+LOSS = 0.5
+"""Win rate below which a judge prefers the base."""
 PRIOR = 0.05
 """Share by which errors on real images may grow."""
 SAFETY = 0.05
@@ -107,8 +109,10 @@ def run_checks(
     return tuple(with_training(check, trained_on_improved) for check in found)
 
 
-def held_out_check(reward: str, scores: Paired, *, seed: int = 0, strata: Sequence[str] | None = None) -> Check:
-    """Whether a judge that training never saw prefers the base: the whole interval of the win rate below one half."""
+def held_out_check(
+    reward: str, scores: Paired, *, seed: int = 0, strata: Sequence[str] | None = None, bound: float = LOSS
+) -> Check:
+    """Whether a judge that training never saw prefers the base: the whole interval of the win rate below `bound`."""
     name, words = f"held_out:{reward}", "win rate, ties as half"
     won, kept = stats.per_prompt(stats.outcomes(scores.arm, scores.base))
     if len(won) < MIN_PROMPTS:
@@ -122,11 +126,12 @@ def held_out_check(reward: str, scores: Paired, *, seed: int = 0, strata: Sequen
         arm=rate,
         base=1 - rate,
         value=high,
-        bound=0.5,
-        rule="95 % interval of the win rate wholly below 50 %",
-        beyond=high < 0.5,
+        bound=bound,
+        rule=f"95 % interval of the win rate wholly below {100 * bound:g} %",
+        beyond=high < bound,
         sentence=f"By {reward}, which training never saw, the arm wins {100 * rate:.1f} % of comparisons on {len(won)} "
-        f"prompts (95 % interval {100 * low:.1f} to {100 * high:.1f}); a whole interval below 50 % is a loss.",
+        f"prompts (95 % interval {100 * low:.1f} to {100 * high:.1f}); a whole interval below {100 * bound:g} % is a "
+        "loss.",
     )
 
 

@@ -36,6 +36,7 @@ def diversity_checks(
     perceptual: PerceptualDistance | None,
     *,
     seed: int,
+    bound: float = DIVERSITY,
 ) -> list[Check]:
     """Vendi score, and mean perceptual distance of pairs, or of embeddings where no perceptual distance is given.
 
@@ -45,15 +46,15 @@ def diversity_checks(
         found = [not_measured("diversity:vendi", "Vendi score of a prompt's images", "no encoder of images was given")]
     else:
         words = f"Vendi score of a prompt's images by {survey.encoder}"
-        found = [_diversity("vendi", words, vendi_diversity(*survey.embeddings, survey.prompt_index), seed)]
+        found = [_diversity("vendi", words, vendi_diversity(*survey.embeddings, survey.prompt_index), seed, bound)]
     if perceptual is not None and images is not None:
         measured = perceptual_diversity(images.arm, images.base, images.prompt_index, perceptual)
         words = f"mean distance of pairs of a prompt's images by {perceptual.version}"
-        found.append(_diversity("perceptual", words, measured, seed))
+        found.append(_diversity("perceptual", words, measured, seed, bound))
     elif survey is not None and survey.embeddings is not None:
         measured = cosine_diversity(*survey.embeddings, survey.prompt_index)
         words = f"mean 1 - cosine of pairs of a prompt's images by {survey.encoder}"
-        found.append(_diversity("cosine", words, measured, seed))
+        found.append(_diversity("cosine", words, measured, seed, bound))
     return found
 
 
@@ -144,7 +145,7 @@ def collapse_check(survey: Survey | None, *, seed: int) -> Check:
     )
 
 
-def _diversity(name: str, words: str, found: Diversity, seed: int) -> Check:
+def _diversity(name: str, words: str, found: Diversity, seed: int, bound: float) -> Check:
     full = f"diversity:{name}"
     if found.arm is None or found.base is None:
         return not_measured(full, words, found.reason or "")
@@ -160,11 +161,11 @@ def _diversity(name: str, words: str, found: Diversity, seed: int) -> Check:
         arm=arm,
         base=base,
         value=found.ratio,
-        bound=DIVERSITY,
-        rule=f"below {100 * DIVERSITY:.0f} % of the base",
-        beyond=found.ratio < DIVERSITY and high < 0,
+        bound=bound,
+        rule=f"below {100 * bound:.0f} % of the base",
+        beyond=found.ratio < bound and high < 0,
         sentence=f"Images of one prompt keep {100 * found.ratio:.0f} % of the base's variety over {len(found.arm)} "
-        f"prompts ({words}: {arm:.3g} against {base:.3g}); at least {100 * DIVERSITY:.0f} % is asked for.",
+        f"prompts ({words}: {arm:.3g} against {base:.3g}); at least {100 * bound:.0f} % is asked for.",
     )
 
 

@@ -14,6 +14,7 @@ from diffalign.evaluate.album import album
 from diffalign.evaluate.curves import read_training
 from diffalign.evaluate.results import PROTOCOL, ROLES, Measured, Results, direction, verdict
 from diffalign.evaluate.score import Table
+from diffalign.evaluate.watched import read_watch
 
 WORDS = {"won": "better", "lost": "worse", "undecided": "no difference shown", "mixed": "judges disagree"}
 """Outcomes in words."""
@@ -102,6 +103,7 @@ def _sections(results: Results, table: Table, folder: Path, labels: Mapping[str,
     changes = [(views.name_of(results, c), name, pictures.largest_changes(c, name)) for c, name in judged]
     runs = {arm: model.get("run") for arm, model in results.models.items()}
     trained = {arm: read_training(Path(run)) for arm, run in runs.items() if run}
+    watched = {arm: read_watch(Path(run)) for arm, run in runs.items() if run}
     swept = sweep and {
         "figures": views.sweep_charts(sweep, views.styles(results)),
         "words": views.sweep_words(sweep),
@@ -144,6 +146,12 @@ def _sections(results: Results, table: Table, folder: Path, labels: Mapping[str,
             title="Training",
             template="training",
             about={arm: found for arm, found in trained.items() if found},
+        ),
+        Section(
+            id="guard",
+            title="Guard of the training",
+            template="guard",
+            about={arm: found for arm, found in watched.items() if found},
         ),
         Section(id="gallery", title="Pictures that nobody chose", template="gallery", about=pictures.unselected()),
         Section(

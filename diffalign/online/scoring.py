@@ -66,19 +66,17 @@ def load_judges(settings: OnlineSettings) -> Judges:
     if twice:
         raise InputError(f"online.rewards must have names of their own, got {twice[0]!r} twice")
     for reward in pointwise:
-        _check_takes(reward)
+        check_takes(reward, "online.rewards")
     weights = dict(zip(names, settings.weights or (1.0,) * len(names), strict=True))
     return Judges(pointwise=pointwise, weights=weights, of_sets=_set_reward(settings))
 
 
-def _check_takes(reward: Reward) -> None:
-    """Raises InputError for a reward that looks at what a round does not have."""
+def check_takes(reward: Reward, where: str) -> None:
+    """Raises InputError for a reward, named at `where`, that looks at what a run does not have of its images."""
     missing = sorted(reward.requires - {"images", "prompts", "metadata"})
     if missing or reward.modality != "image":
         what = f"{missing[0]}" if missing else reward.modality
-        raise InputError(
-            f"online.rewards must judge images and prompts alone, got {reward.name!r}, which also needs {what}"
-        )
+        raise InputError(f"{where} must judge images and prompts alone, got {reward.name!r}, which also needs {what}")
 
 
 def _set_reward(settings: OnlineSettings) -> SetReward | None:
