@@ -62,10 +62,8 @@ def pipeline_index(source: ModelSource, *, weights: bool = True) -> dict[str, An
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         alone = (Path(path) / "config.json").is_file() or any((Path(path) / f.net).is_dir() for f in FAMILIES.values())
         remedy = "; a denoiser alone is named as model.denoiser, beside the pipeline that it belongs to"
-        raise InputError(
-            f"{where} must be the folder of a Diffusers pipeline, got {path!r} without model_index.json"
-            f"{remedy if alone else ''}"
-        )
+        said = f"{where} must be the folder of a Diffusers pipeline, got {path!r} without model_index.json"
+        raise InputError(said + (remedy if alone else ""))
     with one_line(where, path):
         index = DiffusionPipeline.load_config(path, revision=source.revision)
     if weights and where == "model.path" and Path(path).is_dir():
@@ -166,7 +164,8 @@ def load_lora_into(pipeline: Any, family: Family, path: str, *, adapter: str | N
                 foreign = [k for k in content.keys() if k.startswith(("text_encoder", "lora_te"))]
             if foreign and pipeline.components.get("text_encoder") is None:
                 raise InputError(f"model.lora must adapt the denoiser only, got {path!r} with {foreign[0]!r}")
-        family.load_lora(pipeline, path if file is None else str(file.parent), file and file.name, adapter)
+        folder, name = (path, None) if file is None else (str(file.parent), file.name)
+        family.load_lora(pipeline, folder, name, adapter)
     if not any(adapter_layers(part) for part in pipeline.components.values() if isinstance(part, nn.Module)):
         raise InputError(
             f"model.lora must be a LoRA in a form that Diffusers reads for the family {family.name!r}, got {path!r}, "
