@@ -63,10 +63,8 @@ def pipeline_index(source: ModelSource, *, weights: bool = True) -> dict[str, An
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         alone = (Path(path) / "config.json").is_file() or any((Path(path) / f.net).is_dir() for f in FAMILIES.values())
         remedy = "; a denoiser alone is named as model.denoiser, beside the pipeline that it belongs to"
-        raise InputError(
-            f"{where} must be the folder of a Diffusers pipeline, got {path!r} without model_index.json"
-            f"{remedy if alone else ''}"
-        )
+        said = f"{where} must be the folder of a Diffusers pipeline, got {path!r} without model_index.json"
+        raise InputError(said + (remedy if alone else ""))
     with one_line(where, path):
         index = DiffusionPipeline.load_config(path, revision=source.revision)
     if weights and where == "model.path" and Path(path).is_dir():
