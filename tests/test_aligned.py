@@ -169,6 +169,42 @@ def test_a_reward_may_be_anything_that_scores_images():
         assert score_prompts(image_reward(given), images, PROMPTS).shape == (2, 2)
 
 
+def test_an_image_that_the_safety_checker_blackened_comes_last(model, plain):
+    if model != "sd":
+        pytest.skip("SD3 has no safety checker")
+    from transformers import CLIPImageProcessorPil
+
+    class Prude(torch.nn.Module):
+        """Flags every image but the second."""
+
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, images, clip_input):
+            images[[0, 2]] = 0
+            return images, [True, False, True]
+
+    def darkness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return -images.mean((1, 2, 3))
+
+    try:
+        plain.safety_checker, plain.feature_extractor = Prude(), CLIPImageProcessorPil()
+        asked = {"num_inference_steps": 1, "best_of": 3, "reward": darkness, "output_type": "pt"}
+        made = plain(PROMPTS[0], **asked, num_images_per_prompt=2)
+    finally:
+        plain.safety_checker = plain.feature_extractor = None
+    assert made.chosen.tolist() == [[1, 0]]
+    assert made.nsfw_content_detected == [False, True]
+    assert made.images[1].max() == 0
+
+
+def test_a_lora_without_a_name_gets_the_stock_pipeline_s(model, loras):
+    pipeline = load("aligned", model)
+    pipeline.load_lora_weights(loras["good"], weight_name="pytorch_lora_weights.safetensors")
+    made = pipeline(PROMPTS[0], num_inference_steps=1, adapter="default_0", seeds=1, output_type="latent").images
+    plain = pipeline(PROMPTS[0], num_inference_steps=1, adapter={}, seeds=1, output_type="latent").images
+    assert (made - plain).abs().max() > 1e-3
+
+
 def test_what_could_not_be_judged_is_never_best():
     scores = torch.tensor([[0.0, math.nan, 1.0, 1.0], [-5.0, -4.0, math.nan, -6.0]])
     assert best(scores, 3).tolist() == [[2, 3, 0], [1, 0, 3]]

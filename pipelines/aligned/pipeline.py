@@ -34,6 +34,7 @@ from diffalign.sampling.calls import (
     denoiser_of,
     roll_out_parts,
 )
+from diffalign.sampling.rollout import Keep
 from diffalign.types import Reward
 
 
@@ -130,16 +131,25 @@ class DiffalignPipeline(DiffusionPipeline):
         made.set_progress_bar_config(**self._progress_bar_config)
         return made
 
-    def load_lora_weights(self, path: str | Path, *, weight_name: str | None = None, adapter_name: str) -> None:
+    def load_lora_weights(
+        self, path: str | Path, adapter_name: str | None = None, *, weight_name: str | None = None
+    ) -> None:
         """Adds a LoRA (folder, safetensors file or hub id) under a name, for `adapter` and `negative_adapter`.
+
+        Args:
+            adapter_name: None is "default_0", then "default_1", as in the stock pipeline.
+            weight_name: Of the file, where a folder or a repository has several.
 
         Raises:
             InputError: It cannot be read.
         """
-        place = str(path) if weight_name is None else str(Path(path) / weight_name)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are what it is for
-            load_lora_into(self.stock, self.family, place, adapter=adapter_name)
+            if weight_name is not None and not Path(path).is_dir():
+                self.family.load_lora(self.stock, str(path), weight_name, adapter_name)
+                return
+            place = Path(path) / weight_name if weight_name is not None else path
+            load_lora_into(self.stock, self.family, str(place), adapter=adapter_name)
 
     @torch.no_grad()
     def __call__(
@@ -198,6 +208,7 @@ class DiffalignPipeline(DiffusionPipeline):
             generator=generator,
             seeds=seeds,
             latents=latents,
+            keep=Keep(),
         )
         if negative_adapter is not None and ask.guidance <= 1:
             raise InputError(f"guidance_scale must be above 1 beside a negative_adapter, got {ask.guidance}")
@@ -213,10 +224,8 @@ class DiffalignPipeline(DiffusionPipeline):
         places = torch.arange(len(images))
         if judge is not None:
             scores = score_prompts(judge, images.float(), prompts)
-            ranked = (
-                scores if flagged is None else scores.masked_fill(torch.tensor(flagged).view_as(scores), -torch.inf)
-            )
-            chosen = best(ranked, num_images_per_prompt)
+            black = torch.tensor(flagged or [False] * len(images)).view_as(scores)
+            chosen = best(scores.masked_fill(black, -torch.inf), num_images_per_prompt)
             places = (chosen + made_each * torch.arange(len(prompts))[:, None]).flatten()
         taken = torch.cat([one.trajectory.x_0 for one in made]) if output_type == "latent" else images
         taken = taken[places.to(taken.device)]
