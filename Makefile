@@ -9,7 +9,7 @@ JOBS ?= 2
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: demo install install-dev test test-slow lint format bench bench-rewards bench-methods clean
+.PHONY: demo install install-dev test test-slow lint format bench bench-rewards bench-methods bench-online clean
 
 demo: install
 	$(BIN)/diffalign demo
@@ -57,6 +57,10 @@ bench-rewards: install-dev
 # hours on two cores; what is finished is kept, so it can be cut and started again
 bench-methods: install-dev
 	$(BIN)/python -m benchmarks.methods
+
+# hours too, and goes on as bench-methods does
+bench-online: install-dev
+	$(BIN)/python -m benchmarks.online
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

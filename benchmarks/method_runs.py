@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import numpy as np
@@ -60,6 +60,34 @@ MODELS = {"tiny-sd": "tiny_sd", "tiny-sd3": "tiny_sd3"}
 """Start of a config's name, by model."""
 
 
+class Planned(Protocol):
+    """A cell of any table, as far as making it asks."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def name(self) -> str:
+        """Of its row."""
+        ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def trial(self) -> str | None: ...
+
+    @property
+    def changes(self) -> tuple[str, ...]: ...
+
+    @property
+    def file(self) -> Path: ...
+
+    def described(self) -> dict[str, Any]:
+        """Everything that the result depends on."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the table: which config, and what is changed in it."""
@@ -87,6 +115,10 @@ class Cell:
     """Name of a trial, which is kept apart from the table."""
     changes: tuple[str, ...] = ()
     """Of a trial."""
+
+    @property
+    def name(self) -> str:
+        return self.row.name
 
     @property
     def file(self) -> Path:
@@ -149,7 +181,7 @@ def digest(table: Any) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_current(cell: Cell, record: dict[str, Any]) -> bool:
+def is_current(cell: Planned, record: dict[str, Any]) -> bool:
     """Whether a finished cell is one of the config as it is now; keys that came later had their default then."""
     held = record["described"]
     try:

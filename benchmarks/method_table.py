@@ -46,11 +46,11 @@ def summary(row: Row, model: str, records: Sequence[Record], base: Record) -> di
         "rewards": {name: asdict(found) for name, found in rewards.items()},
         "oracle_win_rate_by_seed": by_seed,
         "beats_base": rewards["oracle"].ci_low > 0.5,
-        "attributes": _mean([record["attributes"] for record in records]),
-        "movement": _mean([record["movement"] for record in records]),
+        "attributes": mean_of([record["attributes"] for record in records]),
+        "movement": mean_of([record["movement"] for record in records]),
         "pixel_distance": float(np.mean([record["pixel_distance"] for record in records])),
-        "diversity": _mean([record["diversity"] for record in records]),
-        "evaluations_a_pair": _mean([record["cost"]["evaluations_a_pair"] for record in records]),
+        "diversity": mean_of([record["diversity"] for record in records]),
+        "evaluations_a_pair": mean_of([record["cost"]["evaluations_a_pair"] for record in records]),
         "cost": {key: float(np.mean([record["cost"][key] for record in records])) for key in _COSTS},
         "method": records[0]["described"]["config"]["method"],
         "lr": records[0]["described"]["config"]["optimizer"]["lr"],
@@ -102,17 +102,17 @@ def write(cells: Sequence[Cell], absent: Sequence[str], *, root: Path) -> None:
         draw(models, root / "docs" / "methods.png")
 
 
-def between(page: str, text: str) -> str:
-    """The page with the text between its markers; whatever else is on it stays.
+def between(page: str, text: str, *, name: str = "docs/methods.md", begin: str = BEGIN, end: str = END) -> str:
+    """The page of this name with the text between its markers; whatever else is on it stays.
 
     Raises:
         ValueError: The page has no such markers.
     """
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"docs/methods.md must hold the lines {BEGIN!r} and {END!r}, got a page without them")
-    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
+    head, first, rest = page.partition(begin)
+    _, last, tail = rest.partition(end)
+    if not first or not last:
+        raise ValueError(f"{name} must hold the lines {begin!r} and {end!r}, got a page without them")
+    return f"{head}{begin}\n{text}\n{end}{tail}"
 
 
 def markdown(models: Mapping[str, Any], absent: Sequence[str]) -> str:
@@ -130,7 +130,7 @@ def markdown(models: Mapping[str, Any], absent: Sequence[str]) -> str:
         )
         parts += [f"\nDoes not beat base. {line}" for line in _beaten(found["rows"])]
         parts += [
-            f"\n{word} runs: {_grouped(found[word.lower()])}." for word in ("Missing", "Stale") if found[word.lower()]
+            f"\n{word} runs: {grouped(found[word.lower()])}." for word in ("Missing", "Stale") if found[word.lower()]
         ]
         parts.append("")
     if absent:
@@ -216,7 +216,7 @@ def _beaten(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _grouped(runs: Sequence[str]) -> str:
+def grouped(runs: Sequence[str]) -> str:
     """Rows by the seeds that they lack, such as "seeds 1, 2: cpo, mapo"."""
     seeds: dict[str, list[str]] = {}
     for run in runs:
@@ -228,7 +228,7 @@ def _grouped(runs: Sequence[str]) -> str:
     return "; ".join(f"seed{'s' * (',' in which)} {which}: {', '.join(names)}" for which, names in rows.items())
 
 
-def _mean(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_of(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([table[key] for table in tables])) for key in tables[0]}
 
 

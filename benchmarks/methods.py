@@ -13,10 +13,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks import method_runs, method_table
 from benchmarks.method_measures import PROMPTS, SAMPLER_STEPS
-from benchmarks.method_runs import BATCH, CACHE, MODELS, STEPS, Cell, Row
+from benchmarks.method_runs import BATCH, CACHE, MODELS, STEPS, Cell, Planned, Row
 from diffalign.cli import quiet_libraries
 from diffalign.errors import InputError, near_match
 
@@ -48,6 +49,8 @@ ROWS = (
 )
 """The table's rows; one that has no config for a model does not apply to it."""
 SEEDS = (0, 1, 2)
+
+C = TypeVar("C", bound=Planned)
 
 
 def plan(
@@ -82,7 +85,7 @@ def plan(
     return [cell for cell in cells if cell.exists()]
 
 
-def open_cells(cells: Sequence[Cell], *, again: bool) -> list[Cell]:
+def open_cells(cells: Sequence[C], *, again: bool) -> list[C]:
     """Those that are not finished, or whose config has changed since they were; all of them with `again`."""
     left = []
     for cell in cells:
@@ -90,23 +93,28 @@ def open_cells(cells: Sequence[Cell], *, again: bool) -> list[Cell]:
         if record is not None and not again and method_runs.is_current(cell, record):
             continue
         if record is not None and not again:
-            print(f"stale, made again: {cell.model}, {cell.row.name}, seed {cell.seed}", flush=True)
+            print(f"stale, made again: {cell.model}, {cell.name}, seed {cell.seed}", flush=True)
         left.append(cell)
     return left
 
 
-def run_all(cells: Sequence[Cell], *, jobs: int) -> list[Cell]:
-    """Makes cells, `jobs` at a time, each in a process of its own on one thread; returns those that failed."""
-    began, done = time.monotonic(), []
+def run_all(cells: Sequence[C], *, jobs: int, module: str = "benchmarks.methods") -> list[C]:
+    """Makes cells, `jobs` at a time, each in a process of its own on one thread; returns those that failed.
+
+    Args:
+        module: What makes one, with `--one MODEL ROW SEED`.
+    """
+    began = time.monotonic()
+    done: list[C] = []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def make(cell: Cell) -> bool:
-        command = [sys.executable, "-m", "benchmarks.methods", "--one", cell.model, cell.row.name, str(cell.seed)]
+    def make(cell: C) -> bool:
+        command = [sys.executable, "-m", module, "--one", cell.model, cell.name, str(cell.seed)]
         command += ["--trial", cell.trial] if cell.trial else []
         command += ["--set", *cell.changes] if cell.changes else []
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         done.append(cell)
-        name = f"[{len(done)}/{len(cells)}, {(time.monotonic() - began) / 60:.1f} min] {cell.model}, {cell.row.name}"
+        name = f"[{len(done)}/{len(cells)}, {(time.monotonic() - began) / 60:.1f} min] {cell.model}, {cell.name}"
         lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines() or ["nothing said"]
         outcome = lines[-1] if result.returncode == 0 else f"FAILED: {lines[-1]}"
         print(f"{name}, seed {cell.seed}: {outcome}", flush=True)

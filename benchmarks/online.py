@@ -1,0 +1,143 @@
+"""Every method that trains on its own images, on the tiny world, against the base model: `make bench-online`.
+
+Each finished run is a file under benchmarks/online/ that is not made again, so the table goes on after a cut; a run
+whose config has changed since is made again. Seed 0 of all rows comes first. Writes benchmarks/online.json,
+docs/online-results.md and docs/online.png.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import method_runs, method_table, methods, online_runs, online_table
+from benchmarks.method_measures import PROMPTS, SAMPLER_STEPS
+from benchmarks.method_runs import MODELS
+from benchmarks.online_runs import OnlineCell, OnlineRow
+from diffalign.cli import quiet_libraries
+from diffalign.errors import InputError, near_match
+
+PEOPLE = "d3po_people"
+ROWS = (
+    OnlineRow(name="d3po", config="d3po"),
+    OnlineRow(name="ddpo", config="ddpo"),
+    OnlineRow(name="flow_grpo", config="flow_grpo"),
+    OnlineRow(name="diffusion_nft", config="diffusion_nft"),
+    OnlineRow(name="awm", config="awm"),
+    OnlineRow(name="dgpo", config="dgpo"),
+    OnlineRow(name="online_dpo", config="online_dpo"),
+    OnlineRow(name="dragon", config="dragon"),
+    OnlineRow(name="curated", config="curated"),
+    OnlineRow(name="d3po_jpeg", config="d3po_jpeg", reward="jpeg"),
+    OnlineRow(name="ddpo_jpeg", config="ddpo_jpeg", reward="jpeg"),
+    OnlineRow(name="dragon_frechet", config="dragon_frechet", reward="frechet"),
+    OnlineRow(name=PEOPLE, config=PEOPLE, reward="oracle", people=True),
+    OnlineRow(name="d3po_oracle", config=PEOPLE, reward="oracle", changes=('online.rewards=["oracle"]',)),
+)
+"""The table's rows; one that has no config for a model does not apply to it. `d3po_oracle` is `d3po_people` with the
+oracle as a reward, in the place of its grades."""
+SEEDS = methods.SEEDS
+
+
+def plan(
+    models: Sequence[str],
+    rows: Sequence[str] | None,
+    seeds: Sequence[int],
+    *,
+    trial: str | None = None,
+    changes: Sequence[str] = (),
+) -> list[OnlineCell]:
+    """The cells in the order in which they are made: the first seed of everything, then the next.
+
+    Args:
+        rows: Names of rows, all of which must have a config for one of the models; None takes every row that has one.
+
+    Raises:
+        InputError: A row that is not in the table, or that has no config for any of the models.
+    """
+    known = {row.name: row for row in ROWS}
+    for name in rows or ():
+        if name not in known:
+            raise InputError(f"--methods must name rows of the table, got {name!r}{near_match(name, known)}")
+    cells = [
+        OnlineCell(model=model, row=known[name], seed=seed, trial=trial, changes=tuple(changes))
+        for seed in seeds
+        for name in rows or known
+        for model in models
+    ]
+    there = [cell for cell in cells if cell.exists()]
+    missing = sorted(set(rows or ()) - {cell.name for cell in there})
+    if missing:
+        raise InputError(f"--methods must have a config for one of the models, missing: {', '.join(missing)}")
+    return there
+
+
+def run_one(cell: OnlineCell) -> None:
+    """Makes one cell in this process, and prints how its rewards changed."""
+    import torch
+
+    torch.set_num_threads(1)
+    record = online_runs.run(cell)
+    base = method_runs.read(online_runs.base_file(cell.model, cell.seed_of_prompts))
+    assert base is not None, "a cell is measured against its base"
+    said = []
+    for reward in record["scores"]:
+        won = method_table.compared([record], base, reward)
+        bounds = f"{won.difference_low:+.3f} to {won.difference_high:+.3f}"
+        said.append(f"{reward} {won.mean_difference:+.3f} ({bounds}), win rate {won.win_rate:.3f}")
+    said += [
+        f"{name} {one['change']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f})" for name, one in record["sets"].items()
+    ]
+    cost, drift = record["cost"], record["movement"]["prediction_drift"]
+    seconds = f"{cost['cpu_seconds']:.0f} CPU s training, {record['cpu_seconds_in_all']:.0f} CPU s in all"
+    print(f"{'; '.join(said)}; drift {drift:.4f}; {seconds}", flush=True)
+
+
+def main() -> None:
+    """Makes what is not there, then the table."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options.add_argument("--methods", nargs="+", help="rows of the table; all that have a config if left out")
+    options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
+    options.add_argument("--again", action="store_true", help="also what is finished")
+    options.add_argument("--table-only", action="store_true")
+    options.add_argument("--trial", help="keep the runs apart under this name, on captions of their own; no table")
+    options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of a trial's configs")
+    options.add_argument("--one", nargs=3, metavar=("MODEL", "ROW", "SEED"), help=argparse.SUPPRESS)
+    asked = options.parse_args()
+    quiet_libraries()
+    if asked.set and not asked.trial:
+        options.error("--set goes with --trial: the table is of the configs as they are")
+    try:
+        if asked.one:
+            model, row, seed = asked.one
+            [cell] = plan([model], [row], [int(seed)], trial=asked.trial, changes=asked.set)
+            run_one(cell)
+            return
+        cells = plan(asked.models, asked.methods, asked.seeds, trial=asked.trial, changes=asked.set)
+    except InputError as error:
+        sys.exit(str(error))
+    failed: list[OnlineCell] = []
+    if not asked.table_only:
+        left = methods.open_cells(cells, again=asked.again)
+        print(
+            f"{len(left)} of {len(cells)} runs to make, {asked.jobs} at a time: their own images, then {PROMPTS} "
+            f"images of {SAMPLER_STEPS} steps each",
+            flush=True,
+        )
+        failed = methods.run_all(left, jobs=asked.jobs, module="benchmarks.online")
+    if asked.trial:
+        print(f"kept under {online_runs.TRIALS / asked.trial}")
+    else:
+        every = plan(list(MODELS), None, SEEDS)
+        absent = sorted(
+            {f"{m}, {r.name}" for m in MODELS for r in ROWS if not OnlineCell(model=m, row=r, seed=0).exists()}
+        )
+        online_table.write(every, absent, root=Path(__file__).parent.parent)
+    sys.exit(f"{len(failed)} runs failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Shipped configs of runs on own images: their rounds come out even, on the processes that their commands name."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from diffalign import shipped
+from diffalign.config import load
+from diffalign.models.load import ModelSource
+from diffalign.online.parts import make_walk
+from diffalign.online_checks import check_work
+
+FILES = sorted(f for f in shipped.configs().glob("*.toml") if "[online]" in f.read_text())
+
+
+def test_every_method_on_own_images_has_a_config():
+    from diffalign.methods import METHODS
+
+    on_prompts = {name for name, method in METHODS.items() if method().needs.data == "prompts"}
+    assert {load(file).method.__class__ for file in FILES} == {METHODS[name] for name in on_prompts}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_round_comes_out_even_on_the_processes_of_the_command(file):
+    cfg, text = load(file), file.read_text()
+    flow = "sd3" in file.stem
+    walk = make_walk(cfg.online, cfg.method.needs, ModelSource(path="tiny-sd3" if flow else "tiny-sd"))
+    found = re.search(r"--num_processes (\d+)", text)
+    processes = int(found[1]) if found else 1
+    check_work(cfg, cfg.online, walk, processes)
+    one = re.search(r"# The same on one device: .*?train\.accumulate=(\d+)", text, re.DOTALL)
+    assert (one is None) == (processes == 1)
+    if one is not None:
+        assert int(one[1]) == processes * cfg.train.accumulate
+        check_work(replace(cfg, train=replace(cfg.train, accumulate=int(one[1]))), cfg.online, walk, 1)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_the_readme_names_every_one(file):
+    assert f"`{file.stem}`" in (file.parent / "README.md").read_text()
