@@ -16,7 +16,7 @@ from diffalign.checkpoint import enough_room
 from diffalign.errors import RunError
 from diffalign.evaluate.generate import make_batch
 from diffalign.evaluate.score import columns_of
-from diffalign.guard.images import Images, drop_between, paired_images, paired_scores
+from diffalign.guard.images import Images, drop_others, paired_images, paired_scores
 from diffalign.guard.look import Look, examine
 from diffalign.guard.parts import GuardParts
 from diffalign.logbook import Logbook
@@ -43,7 +43,7 @@ def watch(parts: Parts, guard: GuardParts, book: Logbook, step: int, shown: Bar 
         _make(parts, guard, now, shown)
     found: Look | None = None
     if parts.accelerator.is_main_process:
-        drop_between(now.folder.parent, (start.folder, now.folder))
+        drop_others(now.folder.parent, (start.folder, now.folder))
         images, scores = paired_images(now, start), paired_scores(now, start)
         with _placed(parts, [guard.encoder]):
             found = examine(guard, images, scores, seed=parts.cfg.seed)

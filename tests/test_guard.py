@@ -2,6 +2,7 @@
 
 import html
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,17 +263,25 @@ def test_stop_ends_with_the_weights_as_they_are_and_stays_ended(world, tmp_path)
     again = diffalign.train({**run, "resume": "latest"})
     assert again.step == 2
     assert (again.folder / "metrics.jsonl").read_bytes() == before
+    back = {**run, "resume": "latest", "guard": {**run["guard"], "action": "roll_back"}}
+    with pytest.raises(InputError, match=r"changed: guard\.action \('stop' then, 'roll_back' now\)"):
+        diffalign.train(back)  # nothing that was whole is kept
     on = {**run, "resume": "latest", "guard": {**run["guard"], "action": "warn"}}
     assert diffalign.train(on).step == 4
 
 
 def test_roll_back_hands_out_the_start_where_the_first_look_diverges(world, tmp_path):
-    result = diffalign.train(guarded(world, tmp_path / "run", up=UP, down=DOWN, guard={"action": "roll_back"}))
+    run = guarded(world, tmp_path / "run", up=UP, down=DOWN, guard={"action": "roll_back"})
+    result = diffalign.train(run)
     assert result.step == 0
     exported = load_file(next(result.export.rglob("*.safetensors")))
     start = load_file(next((world / "sd" / "unet").glob("*.safetensors")))
     assert all(torch.equal(exported[name], start[name]) for name in start)
     assert "the weights are those of step 0, the last that was found whole" in (result.export / "README.md").read_text()
+    before = metrics(result.folder)
+    shutil.rmtree(result.folder / "checkpoints" / "step-2")
+    assert diffalign.train({**run, "resume": "latest"}).step == 0
+    assert metrics(result.folder) == before  # from the checkpoint of the start every line is written anew
 
 
 def test_roll_back_goes_to_the_last_look_that_found_nothing(world, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def paired_scores(now: Images, start: Images) -> dict[str, Paired]:
     }
 
 
-def drop_between(root: Path, keep: Sequence[Path]) -> None:
+def drop_others(root: Path, keep: Sequence[Path]) -> None:
     """Removes the folders of looks that are none of `keep`."""
     for place in root.glob("step-*"):
         if place not in keep:
