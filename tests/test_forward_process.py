@@ -117,7 +117,7 @@ def test_advantages_are_above_the_prompts_mean_in_units_of_the_rounds_spread():
     spread = torch.tensor([1.0, -1.0, 2.0, 0.0, 5.0, 5.0], dtype=torch.float64).std(correction=0) + 1e-4
     torch.testing.assert_close(chosen.weight, (torch.tensor([0.5, -1.5, 1.5, -0.5]) / spread).float())
     assert chosen.places.tolist() == [[0], [1], [2], [3]]
-    assert chosen.metrics == {"zero_std_ratio": 0.5, "trained_prompt_num": 1.0}
+    assert chosen.metrics.items() >= {"zero_std_ratio": 0.5, "trained_prompt_num": 1.0}.items()
 
 
 def test_equal_scores_are_left_out_although_their_float_mean_is_off_by_a_digit():
@@ -134,7 +134,7 @@ def test_advantages_are_clipped():
 
 
 def test_prompts_of_one_image_each_have_nothing_to_be_compared_with():
-    with pytest.raises(InputError, match=r"scored\.group must have two images of a prompt"):
+    with pytest.raises(InputError, match=r"group must hold at least 2 images of every prompt"):
         select_images(scored([1.0, 2.0], [0, 1]))
 
 
