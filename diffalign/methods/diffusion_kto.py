@@ -63,8 +63,7 @@ class DiffusionKTO:
         if batch.label is None:
             raise InputError("data must say of each image whether it is good for method 'diffusion_kto', got no labels")
         e = image_errors(policy, reference, batch, rng, error_space=self.error_space)
-        assert e.err_ref is not None, "the reference was run"
-        gain = e.err_ref - e.err
+        gain = e.gain
         sums = class_sums(gain, batch.label, reduce=shared.reduce)
         z = kto_baseline(sums, kind=self.baseline)
         loss = kto_loss(gain, batch.label, z, beta=self.beta, utility=self.utility)

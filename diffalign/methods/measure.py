@@ -2,6 +2,7 @@
 
 With err the squared error averaged over elements, an image's log-ratio is err_ref - err up to the factor beta / 2.
 Winner and loser share t and noise, which cancels what the errors have in common. Without a reference err_ref is 0.
+The difference is formed element by element and then averaged, see `losses.error_gain`; its gradient is that of -err.
 """
 
 from dataclasses import dataclass, field
@@ -49,18 +50,34 @@ class PairErrors:
     err_ref_w: Float[Tensor, " b"] | None = None
     """None without a reference."""
     err_ref_l: Float[Tensor, " b"] | None = None
+    lead_w: Float[Tensor, " b"] | None = None
+    """err_ref_w - err_w to more digits than the two have, without gradient; None takes their difference."""
+    lead_l: Float[Tensor, " b"] | None = None
     metrics: dict[str, Float[Tensor, " b"]] = field(default_factory=dict)
     """What only the predictions themselves could tell: detached, per pair."""
 
     @property
     def gain_w(self) -> Float[Tensor, " b"]:
         """err_ref_w - err_w: the winner's log-ratio, up to the factor beta / 2."""
-        return -self.err_w if self.err_ref_w is None else self.err_ref_w - self.err_w
+        return gain_of(self.err_w, self.err_ref_w, self.lead_w)
 
     @property
     def gain_l(self) -> Float[Tensor, " b"]:
         """err_ref_l - err_l: the loser's log-ratio, up to the factor beta / 2."""
-        return -self.err_l if self.err_ref_l is None else self.err_ref_l - self.err_l
+        return gain_of(self.err_l, self.err_ref_l, self.lead_l)
+
+
+def gain_of(
+    err: Float[Tensor, " b"], err_ref: Float[Tensor, " b"] | None, lead: Float[Tensor, " b"] | None
+) -> Float[Tensor, " b"]:
+    """err_ref - err with the gradient of -err, and with the value `lead` where that is known to more digits.
+
+    Args:
+        err_ref: None without a reference, whose error is 0 then.
+    """
+    if err_ref is None:
+        return -err
+    return err_ref - err if lead is None else lead + (err.detach() - err)
 
 
 def pair_errors(
@@ -136,21 +153,25 @@ def errors_between(
     """
     err = factor * losses.squared_error(pred, target)
     metrics: dict[str, Tensor] = {}
+    err_ref = lead = (None, None)
     if pred_ref is not None:
         moved = (factor * losses.squared_error(pred.detach(), pred_ref)).chunk(2)
         metrics |= {"kl_w": moved[0], "kl_l": moved[1]}
+        err_ref = (factor * losses.squared_error(pred_ref, target)).chunk(2)
+        lead = (factor * losses.error_gain(pred, pred_ref, target)).chunk(2)
     err_w, err_l = err.chunk(2)
     if safeguard is not None:
         residuals = (paths.broadcast(factor.sqrt(), pred) * (pred - target)).detach()
         factor_l = safeguard_factor(*residuals.chunk(2), mu=safeguard.mu, per_pair=safeguard.per_pair)
         err_l = scale_gradient(err_l, factor_l)
         metrics["lambda_safe"] = factor_l
-    err_ref = None if pred_ref is None else (factor * losses.squared_error(pred_ref, target)).chunk(2)
     return PairErrors(
         err_w=err_w,
         err_l=err_l,
-        err_ref_w=None if err_ref is None else err_ref[0],
-        err_ref_l=None if err_ref is None else err_ref[1],
+        err_ref_w=err_ref[0],
+        err_ref_l=err_ref[1],
+        lead_w=lead[0],
+        lead_l=lead[1],
         noise_level=noise_level,
         metrics=metrics,
     )
@@ -173,6 +194,13 @@ class ImageErrors:
     """None without a reference."""
     noise_level: Float[Tensor, " b"]
     """Share of the noise range at each image's t."""
+    lead: Float[Tensor, " b"] | None = None
+    """err_ref - err to more digits than the two have, without gradient; None takes their difference."""
+
+    @property
+    def gain(self) -> Float[Tensor, " b"]:
+        """err_ref - err: the image's log-ratio, up to a factor."""
+        return gain_of(self.err, self.err_ref, self.lead)
 
 
 def image_errors(
@@ -189,11 +217,15 @@ def image_errors(
     x_t = paths.add_noise(policy.path, batch.x_0, eps, t)
     target = paths.target(policy.path, policy.prediction, batch.x_0, eps, t)
     factor = paths.error_factor(policy.path, policy.prediction, error_space, t)
-    err_ref = None
-    if reference is not None:
-        err_ref = factor * losses.squared_error(reference_prediction(reference, x_t, t, batch.cond), target)
-    err = factor * losses.squared_error(policy(x_t, t, batch.cond), target)
-    return ImageErrors(err=err, err_ref=err_ref, noise_level=policy.path.noise_level(t).float())
+    level = policy.path.noise_level(t).float()
+    pred_ref = None if reference is None else reference_prediction(reference, x_t, t, batch.cond)
+    pred = policy(x_t, t, batch.cond)
+    err = factor * losses.squared_error(pred, target)
+    if pred_ref is None:
+        return ImageErrors(err=err, err_ref=None, noise_level=level)
+    err_ref = factor * losses.squared_error(pred_ref, target)
+    lead = factor * losses.error_gain(pred, pred_ref, target)
+    return ImageErrors(err=err, err_ref=err_ref, noise_level=level, lead=lead)
 
 
 def safeguard_factor(
