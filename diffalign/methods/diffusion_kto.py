@@ -13,7 +13,7 @@ from diffalign.errors import InputError
 from diffalign.methods.measure import image_errors, won
 from diffalign.paths import ErrorSpace
 from diffalign.rng import SampleRng
-from diffalign.types import ALONE, Denoiser, ImageBatch, Needs, Shared, StepLoss, alone
+from diffalign.types import ALONE, Denoiser, ErrorKind, ImageBatch, Needs, Shared, StepLoss, alone
 
 Utility = Literal["sigmoid", "loss_averse", "risk_seeking"]
 Baseline = Literal["mean", "class_means"]
@@ -55,7 +55,8 @@ class DiffusionKTO:
 
     @property
     def needs(self) -> Needs:
-        return Needs(data="labelled", references=("start", "ema"), batch_statistics=True)
+        errors = ErrorKind(error_space=self.error_space)
+        return Needs(data="labelled", references=("start", "ema"), batch_statistics=True, errors=errors)
 
     def __call__(
         self, policy: Denoiser, reference: Denoiser, batch: ImageBatch, rng: SampleRng, shared: Shared = ALONE

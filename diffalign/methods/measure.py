@@ -93,7 +93,7 @@ def pair_errors(
     """The four squared errors of each pair, from one forward pass of each model on the joined [2B] batch.
 
     Args:
-        reference: None leaves its errors out.
+        reference: None leaves its errors out. It is not run where the batch has its errors.
         error_space: Which prediction the errors are between; `native` is the network's own.
         share_noise: Winner and loser get the same noise; False draws the loser's apart.
         safeguard: Scales the gradient of the loser's error; values stay as they are.
@@ -130,10 +130,11 @@ def errors_at(
     cond, twice = batch.cond.repeat(2), t.repeat(2)
     target = paths.target(policy.path, policy.prediction, x_0, eps, twice)
     factor = paths.error_factor(policy.path, policy.prediction, error_space, twice)
-    pred_ref = None if reference is None else reference_prediction(reference, x_t, twice, cond)
+    known = None if reference is None or batch.err_ref is None else batch.err_ref.T.flatten()  # [2B]
+    pred_ref = None if reference is None or known is not None else reference_prediction(reference, x_t, twice, cond)
     pred = policy(x_t, twice, cond)
     level = policy.path.noise_level(t).float()
-    return errors_between(pred, target, pred_ref, noise_level=level, factor=factor, safeguard=safeguard)
+    return errors_between(pred, target, pred_ref, noise_level=level, factor=factor, safeguard=safeguard, known=known)
 
 
 def errors_between(
@@ -144,37 +145,65 @@ def errors_between(
     noise_level: Float[Tensor, " b"],
     factor: Float[Tensor, " two_b"],
     safeguard: Safeguard | None = None,
+    known: Float[Tensor, " two_b"] | None = None,
 ) -> PairErrors:
     """The four squared errors of each pair, of what was predicted for winners first, then losers.
 
     Args:
         pred: With gradient.
         factor: What each squared error is multiplied by.
+        known: The reference's errors in float64, in place of its predictions.
     """
     err = factor * losses.squared_error(pred, target)
     metrics: dict[str, Tensor] = {}
-    err_ref = lead = (None, None)
+    err_ref, lead = reference_errors(pred, target, pred_ref, factor, known)
     if pred_ref is not None:
         moved = (factor * losses.squared_error(pred.detach(), pred_ref)).chunk(2)
         metrics |= {"kl_w": moved[0], "kl_l": moved[1]}
-        err_ref = (factor * losses.squared_error(pred_ref, target)).chunk(2)
-        lead = (factor * losses.error_gain(pred, pred_ref, target)).chunk(2)
     err_w, err_l = err.chunk(2)
     if safeguard is not None:
         residuals = (paths.broadcast(factor.sqrt(), pred) * (pred - target)).detach()
         factor_l = safeguard_factor(*residuals.chunk(2), mu=safeguard.mu, per_pair=safeguard.per_pair)
         err_l = scale_gradient(err_l, factor_l)
         metrics["lambda_safe"] = factor_l
+    refs, leads = _halves(err_ref), _halves(lead)
     return PairErrors(
         err_w=err_w,
         err_l=err_l,
-        err_ref_w=err_ref[0],
-        err_ref_l=err_ref[1],
-        lead_w=lead[0],
-        lead_l=lead[1],
+        err_ref_w=refs[0],
+        err_ref_l=refs[1],
+        lead_w=leads[0],
+        lead_l=leads[1],
         noise_level=noise_level,
         metrics=metrics,
     )
+
+
+def _halves(both: Float[Tensor, " two_b"] | None) -> tuple[Tensor | None, Tensor | None]:
+    if both is None:
+        return None, None
+    w, lo = both.chunk(2)
+    return w, lo
+
+
+def reference_errors(
+    pred: Float[Tensor, " b *rest"],
+    target: Float[Tensor, " b *rest"],
+    pred_ref: Float[Tensor, " b *rest"] | None,
+    factor: Float[Tensor, " b"],
+    known: Float[Tensor, " b"] | None,
+) -> tuple[Float[Tensor, " b"] | None, Float[Tensor, " b"] | None]:
+    """(err_ref, err_ref - err to more digits), without gradient; (None, None) without a reference.
+
+    Where the reference's errors are `known`, in float64, the policy's are averaged in float64 too: what was averaged
+    apart cannot be subtracted element by element.
+    """
+    if known is not None:
+        err = factor * losses.squared_error(pred.detach().double(), target)
+        return known.to(target.dtype), (known - err).to(target.dtype)
+    if pred_ref is None:
+        return None, None
+    return factor * losses.squared_error(pred_ref, target), factor * losses.error_gain(pred, pred_ref, target)
 
 
 def reference_prediction(
@@ -218,13 +247,11 @@ def image_errors(
     target = paths.target(policy.path, policy.prediction, batch.x_0, eps, t)
     factor = paths.error_factor(policy.path, policy.prediction, error_space, t)
     level = policy.path.noise_level(t).float()
-    pred_ref = None if reference is None else reference_prediction(reference, x_t, t, batch.cond)
+    known = None if reference is None or batch.err_ref is None else batch.err_ref[:, 0]
+    pred_ref = None if reference is None or known is not None else reference_prediction(reference, x_t, t, batch.cond)
     pred = policy(x_t, t, batch.cond)
     err = factor * losses.squared_error(pred, target)
-    if pred_ref is None:
-        return ImageErrors(err=err, err_ref=None, noise_level=level)
-    err_ref = factor * losses.squared_error(pred_ref, target)
-    lead = factor * losses.error_gain(pred, pred_ref, target)
+    err_ref, lead = reference_errors(pred, target, pred_ref, factor, known)
     return ImageErrors(err=err, err_ref=err_ref, noise_level=level, lead=lead)
 
 
