@@ -17,17 +17,19 @@ from torch import Tensor
 from benchmarks.plain import LR, MAX_GRAD_NORM, RANK, SLOPE, VAE_BATCH, Precision
 from benchmarks.worlds import World
 from diffalign.assemble import make_accelerator, make_optimizer, place_net
-from diffalign.data.batches import Collator, LatentScale, stream
+from diffalign.data.batches import Collator, LatentScale, Source, stream
 from diffalign.data.cache import Share
 from diffalign.denoisers.unet import SD
 from diffalign.fit import StepReport, fit
+from diffalign.fixed_draws import known_draws, measure_with
 from diffalign.methods.diffusion_dpo import DiffusionDPO
 from diffalign.models.load import ModelSource
 from diffalign.models.lora import LoraSettings, adapter_reference, add_lora
 from diffalign.models.save import trainable
 from diffalign.paths import NoisePath, Prediction
+from diffalign.rng import SampleRng
 from diffalign.settings import DataSettings, OptimizerSettings, TrainConfig, TrainSettings
-from diffalign.types import Cond, Denoiser
+from diffalign.types import Batch, Cond, Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class Variant:
     channels_last: bool = False
     compile: bool = False
     precision: Precision = "no"
+    fixed_draws: int | None = None
+    """Draws a pair at which the reference's errors are known, computed before the first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +97,9 @@ class WorldRows:
         if self.text is None:
             return Cond({"prompt_embeds": self.cache.text[list(rows)]})
         return Cond({"prompt_embeds": self.text(self.world.ids[list(rows)].to(self.device))[0].cpu()})
+
+    def prompt(self, row: int) -> str:
+        return f"prompt {row}"  # of token ids alone; never encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +170,12 @@ class Ours:
             self.policy, self.reference = Apart(denoiser=self.policy), Apart(denoiser=self.reference)
         scale = LatentScale(scale=world.vae.config.scaling_factor, shift=world.vae.config.shift_factor or 0.0)
         collator = Collator(rows=self.rows, kind="pairs", scale=scale, seed=cfg.seed)
-        self.batches = stream(collator, batch_size=len(self.rows), accumulate=1, share=Share())
+        source: Source = collator
+        if variant.fixed_draws is not None:
+            assert self.method.needs.errors is not None, "Diffusion-DPO says which errors it is made of"
+            measure = measure_with(self.reference, self.method.needs.errors, cfg.seed, accelerator)
+            source = known_draws(collator, variant.fixed_draws, measure, batch_size=len(self.rows))
+        self.batches = stream(source, batch_size=len(self.rows), accumulate=1, share=Share())
         self._reports = fit(
             self.policy,
             self.reference,
@@ -179,6 +191,11 @@ class Ours:
     def step(self) -> StepReport:
         """One optimizer step."""
         return next(self._reports)
+
+    def backward(self, batch: Batch) -> None:
+        """Loss and gradients of a batch, as `fit` has them, and no update."""
+        rng = SampleRng(0, batch.samples)
+        self.method(self.policy, self.reference, batch, rng).loss.mean().backward()
 
 
 def _config(world: World, variant: Variant, device: torch.device) -> TrainConfig:

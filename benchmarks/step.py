@@ -35,6 +35,7 @@ VARIANTS = (
     Variant(name="+ latent cache", latent_cache=True),
     Variant(name="+ text cache", **CACHED),
     Variant(name="+ adapter-off reference by flags (default)", **OURS),
+    Variant(name="default, reference known at 4 fixed draws a pair", **OURS, fixed_draws=4),
     Variant(name="default, reference as a second network", **{**OURS, "reference": "copy"}),
     Variant(name="default, winners and losers apart", **OURS, joined=False),
     Variant(name="default, channels-last", **OURS, channels_last=True),

@@ -30,6 +30,7 @@ def check(config: TrainConfig) -> None:
     _check_rounds(config)
     check_online(config)
     _check_guard(config)
+    _check_fixed_draws(config)
     _check_ranges(config)
     _check_sections(config)
 
@@ -119,6 +120,29 @@ def _check_guard(config: TrainConfig) -> None:
             "config.guard.trained must be left out with online.rewards, which are what is trained; got "
             f"{', '.join(guard.trained)}"
         )
+
+
+def _check_fixed_draws(config: TrainConfig) -> None:
+    """Errors of the reference may be computed beforehand where it stays as it is and nothing else of it is asked."""
+    draws, kind, name = config.train.fixed_draws, reference_kind(config), method_name(config.method)
+    if draws is None:
+        return
+    if draws < 1:
+        raise InputError(f"config.train.fixed_draws must be at least 1, got {draws}")
+    left_out = f"config.train.fixed_draws must be left out with method {name!r}"
+    if kind == "none":
+        raise InputError(f"{left_out}, which measures against no reference; got {draws}")
+    if config.method.needs.data == "prompts":
+        raise InputError(f"{left_out}, which trains on new images of its own; got {draws}")
+    if kind != "start":
+        stays = '; set train.reference = "start"' if "start" in config.method.needs.references else ""
+        raise InputError(
+            f"config.train.fixed_draws must be left out with a reference that moves, got {draws} and {kind!r}{stays}"
+        )
+    if config.method.needs.errors is None:
+        raise InputError(f"{left_out}, which asks more of its reference than its errors at a draw; got {draws}")
+    if config.data.cache is False:
+        raise InputError("config.data.cache must not be false with train.fixed_draws, whose errors are kept there")
 
 
 def _check_ranges(config: TrainConfig) -> None:

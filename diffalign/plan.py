@@ -96,7 +96,7 @@ class Work:
     per_step: int
     """Of an optimizer step on one device."""
     encoding: int
-    """Building the cache once; without one it is in every step."""
+    """Building the cache once, errors of the reference at fixed draws too; without a cache it is in every step."""
     total: int
     """Of the run on one device, without pictures and validation."""
 
@@ -198,7 +198,8 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False) ->
     family = _family(cfg)
     shell = bare_net(cfg, family)
     denoiser = family.make_denoiser(shell, load_scheduler_config(cfg.model), cfg.timesteps, context_of(cfg, family))
-    work = evaluations(cfg.method, denoiser, reference=reference_kind(cfg) != "none")
+    compared = reference_kind(cfg) != "none" and cfg.train.fixed_draws is None
+    work = evaluations(cfg.method, denoiser, reference=compared)
     inputs = encoding(cfg, family, pipeline_index(cfg.model, weights=False))
     available = device_memory(device) if memory is None else memory
 
@@ -318,6 +319,7 @@ def _flop(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, work: Evaluations, s
     elif source.rows is not None:
         images = source.images_a_row * cfg.data.variants
         once = source.rows * (images * inputs.image_flop + inputs.prompt_flop)
+        once += source.rows * source.images_a_row * (cfg.train.fixed_draws or 0) * r.forward
     units = cfg.train.batch_size * cfg.train.accumulate
     total = once + cfg.train.steps * units * own
     if cfg.rounds is not None:

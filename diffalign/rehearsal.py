@@ -367,13 +367,15 @@ def _batches(cfg: TrainConfig, inputs: Encoding) -> Iterator[Batch]:
     cond = Cond({name: _filled((rows, *shape), dtype, generator) for name, (shape, dtype) in inputs.cond.items()})
     label = torch.tensor([1.0, -1.0]).repeat(rows)[:rows]
     kind = cfg.method.needs.batches
+    ref = None if cfg.train.fixed_draws is None else torch.ones(rows, 2 if kind == "pairs" else 1).double()
     first = 0
     while True:
         samples = tuple(range(first, first + rows))
         if kind == "pairs":
-            yield PairBatch(x_w=x, x_l=y, cond=cond, samples=samples, score_w=score[0], score_l=score[1])
+            yield PairBatch(x_w=x, x_l=y, cond=cond, samples=samples, score_w=score[0], score_l=score[1], err_ref=ref)
         else:
-            yield ImageBatch(x_0=x, cond=cond, samples=samples, label=label if kind == "labelled" else None)
+            marks = label if kind == "labelled" else None
+            yield ImageBatch(x_0=x, cond=cond, samples=samples, label=marks, err_ref=ref)
         first += rows
 
 

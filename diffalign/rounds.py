@@ -26,6 +26,7 @@ from diffalign.data.batches import Collator, Source
 from diffalign.data.cache import save_shard
 from diffalign.data.selfsampled import Images, RoundSettings, SelfSampled, Split
 from diffalign.errors import RunError
+from diffalign.fixed_draws import fixed_draws
 from diffalign.logbook import Logbook
 from diffalign.models.load import load_pipeline
 from diffalign.models.policy import Reference
@@ -92,15 +93,16 @@ def phases(parts: Parts, book: Logbook) -> Iterator[Phase]:
     """What is left of a run: one stretch of steps, or round after round, each sampled when it is asked for.
 
     Raises:
-        RunError: The pool of policies is empty or damaged, or an image is not finite.
+        RunError: The pool of policies is empty or damaged, or an image or an error of the reference is not finite.
     """
     settings, reference, steps = parts.cfg.rounds, parts.reference, parts.cfg.train.steps
+    draws = parts.cfg.train.fixed_draws
     if settings is None or reference is None:
         fixed = None if reference is None else reference.denoiser
         yield Phase(
             policy=parts.policy,
             reference=fixed,
-            collator=collator_of(parts),
+            collator=collator_of(parts) if draws is None else fixed_draws(parts, draws),
             held=parts.held,
             start=parts.start,
             stop=steps,

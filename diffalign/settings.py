@@ -74,6 +74,11 @@ class TrainSettings:
     method chooses."""
     reference_decay: float | None = None
     """Decay of a moving reference per optimizer step; None takes 0.995."""
+    fixed_draws: int | None = None
+    """Draws of t, noise, latents and prompt dropout that every pair (or image) trains at, the same ones again and
+    again; the reference's errors there are computed once and kept in the cache, and steps run the policy alone. None
+    draws afresh at every sample. For references that stay as they are and methods that take nothing but their errors.
+    """
     guidance: float | None = None
     """What a network with a guidance embedding is told in training, the reference too; None is 3.5 (FLUX.1)."""
     log_every: int = 1

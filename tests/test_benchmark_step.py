@@ -7,11 +7,13 @@ import sys
 import pytest
 import torch
 
-from benchmarks.ours import Variant
+from benchmarks.ours import Encoded, Ours, Variant
 from benchmarks.plain import SLOPE, Plain
-from benchmarks.step import VARIANTS, pinned_flop
+from benchmarks.step import OURS, VARIANTS, pinned_flop
 from benchmarks.worlds import SIZES, build
+from diffalign.counting import count_flop, fake_mode
 from diffalign.denoisers.unet import SD
+from diffalign.fixed_draws import FixedDraws
 from diffalign.methods.diffusion_dpo import DiffusionDPO
 from diffalign.methods.measure import PairErrors
 from diffalign.rng import SampleRng
@@ -53,6 +55,26 @@ def test_the_plain_loss_is_ours(monkeypatch):
     ours = DiffusionDPO(beta=2 * SLOPE)(denoiser, denoiser, batch, SampleRng(seed=0, samples=(0, 1)))
     torch.testing.assert_close(loss, ours.loss.mean())
     assert abs(loss.item() - 0.6931) > 1e-3
+
+
+def test_a_step_costs_four_passes_a_pair_from_a_cache_and_two_with_fixed_draws(monkeypatch):
+    def known(collator, count, measure, *, batch_size):
+        return FixedDraws(collator=collator, errors=torch.zeros(len(collator), count, 2, dtype=torch.float64))
+
+    monkeypatch.setattr("benchmarks.ours.known_draws", known)
+    sizes, flop = SIZES["fifth"], {}
+    world = build(sizes, random=True)
+    latents = torch.zeros(2 * sizes.pairs, 4, 32, 32)
+    cache = Encoded(mean=latents, std=latents, text=torch.zeros(sizes.pairs, 77, 152))
+    for draws in (None, 4):
+        ours = Ours(world, Variant(name="counted", **OURS, fixed_draws=draws), torch.device("cpu"), cache)
+        batch = next(ours.batches)
+        with fake_mode():
+            flop[draws] = count_flop(lambda ours=ours, batch=batch: ours.backward(batch))
+            x_t, t, cond = torch.cat([batch.x_w, batch.x_l]), torch.zeros(8).long(), batch.cond.repeat(2)
+            forward = count_flop(lambda ours=ours, given=(x_t, t, cond): ours.reference(*given))
+    assert flop == {None: sizes.flop - sizes.encoder_flop, 4: sizes.flop - sizes.encoder_flop - forward}
+    assert [round(value / 1e9, 1) for value in flop.values()] == [225.3, 156.7]
 
 
 def test_every_variant_has_a_name_of_its_own():

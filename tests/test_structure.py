@@ -23,7 +23,7 @@ LAYERS = [
     ("settings", "online_checks", "checks", "config"),
     ("card", "grids", "run_folder", "assemble"),
     ("leaner", "rehearsal", "plan"),
-    ("pool",),
+    ("pool", "fixed_draws"),
     ("rounds",),
     ("online_round", "online_scores", "online_rounds", "guarding"),
     ("train",),

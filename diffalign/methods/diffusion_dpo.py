@@ -8,7 +8,7 @@ from diffalign.losses import Link
 from diffalign.methods.measure import Safeguard, ScoreUse, pair_errors, pair_step
 from diffalign.paths import ErrorSpace
 from diffalign.rng import SampleRng
-from diffalign.types import ALONE, Denoiser, Needs, PairBatch, Shared, StepLoss
+from diffalign.types import ALONE, Denoiser, ErrorKind, Needs, PairBatch, Shared, StepLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ class DiffusionDPO:
 
     @property
     def needs(self) -> Needs:
-        return Needs(data="pairs", references=("start", "ema"), scores=self.scores is not None)
+        errors = ErrorKind(error_space=self.error_space, share_noise=self.share_noise)
+        return Needs(data="pairs", references=("start", "ema"), scores=self.scores is not None, errors=errors)
 
     def __call__(
         self, policy: Denoiser, reference: Denoiser, batch: PairBatch, rng: SampleRng, shared: Shared = ALONE

@@ -13,7 +13,7 @@ from diffalign.errors import InputError
 from diffalign.methods.measure import image_errors, won
 from diffalign.paths import ErrorSpace
 from diffalign.rng import SampleRng
-from diffalign.types import ALONE, Denoiser, ImageBatch, Needs, Shared, StepLoss, alone
+from diffalign.types import ALONE, Denoiser, ErrorKind, ImageBatch, Needs, Shared, StepLoss, alone
 
 Utility = Literal["sigmoid", "loss_averse", "risk_seeking"]
 Baseline = Literal["mean", "class_means"]
@@ -55,7 +55,8 @@ class DiffusionKTO:
 
     @property
     def needs(self) -> Needs:
-        return Needs(data="labelled", references=("start", "ema"), batch_statistics=True)
+        errors = ErrorKind(error_space=self.error_space)
+        return Needs(data="labelled", references=("start", "ema"), batch_statistics=True, errors=errors)
 
     def __call__(
         self, policy: Denoiser, reference: Denoiser, batch: ImageBatch, rng: SampleRng, shared: Shared = ALONE
@@ -63,8 +64,7 @@ class DiffusionKTO:
         if batch.label is None:
             raise InputError("data must say of each image whether it is good for method 'diffusion_kto', got no labels")
         e = image_errors(policy, reference, batch, rng, error_space=self.error_space)
-        assert e.err_ref is not None, "the reference was run"
-        gain = e.err_ref - e.err
+        gain = e.gain
         sums = class_sums(gain, batch.label, reduce=shared.reduce)
         z = kto_baseline(sums, kind=self.baseline)
         loss = kto_loss(gain, batch.label, z, beta=self.beta, utility=self.utility)

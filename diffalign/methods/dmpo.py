@@ -8,7 +8,7 @@ from diffalign.errors import InputError
 from diffalign.methods.measure import Safeguard, ScoreUse, pair_errors, pair_step
 from diffalign.paths import ErrorSpace
 from diffalign.rng import SampleRng
-from diffalign.types import ALONE, Denoiser, Needs, PairBatch, Shared, StepLoss
+from diffalign.types import ALONE, Denoiser, ErrorKind, Needs, PairBatch, Shared, StepLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class DMPO:
 
     @property
     def needs(self) -> Needs:
-        return Needs(data="pairs", references=("start", "ema"), scores=self.scores is not None)
+        errors = ErrorKind(error_space=self.error_space)
+        return Needs(data="pairs", references=("start", "ema"), scores=self.scores is not None, errors=errors)
 
     def __call__(
         self, policy: Denoiser, reference: Denoiser, batch: PairBatch, rng: SampleRng, shared: Shared = ALONE

@@ -9,7 +9,7 @@ from diffalign.errors import InputError
 from diffalign.methods.measure import Safeguard, pair_errors, pair_metrics
 from diffalign.paths import ErrorSpace
 from diffalign.rng import SampleRng
-from diffalign.types import ALONE, Denoiser, Needs, PairBatch, Shared, StepLoss
+from diffalign.types import ALONE, Denoiser, ErrorKind, Needs, PairBatch, Shared, StepLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class LinearDPO:
 
     @property
     def needs(self) -> Needs:
-        return Needs(data="pairs", references=("ema", "start"))
+        return Needs(data="pairs", references=("ema", "start"), errors=ErrorKind(error_space=self.error_space))
 
     def __call__(
         self, policy: Denoiser, reference: Denoiser, batch: PairBatch, rng: SampleRng, shared: Shared = ALONE

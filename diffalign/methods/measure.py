@@ -2,6 +2,7 @@
 
 With err the squared error averaged over elements, an image's log-ratio is err_ref - err up to the factor beta / 2.
 Winner and loser share t and noise, which cancels what the errors have in common. Without a reference err_ref is 0.
+The difference is formed element by element and then averaged, see `losses.error_gain`; its gradient is that of -err.
 """
 
 from dataclasses import dataclass, field
@@ -49,18 +50,34 @@ class PairErrors:
     err_ref_w: Float[Tensor, " b"] | None = None
     """None without a reference."""
     err_ref_l: Float[Tensor, " b"] | None = None
+    lead_w: Float[Tensor, " b"] | None = None
+    """err_ref_w - err_w to more digits than the two have, without gradient; None takes their difference."""
+    lead_l: Float[Tensor, " b"] | None = None
     metrics: dict[str, Float[Tensor, " b"]] = field(default_factory=dict)
     """What only the predictions themselves could tell: detached, per pair."""
 
     @property
     def gain_w(self) -> Float[Tensor, " b"]:
         """err_ref_w - err_w: the winner's log-ratio, up to the factor beta / 2."""
-        return -self.err_w if self.err_ref_w is None else self.err_ref_w - self.err_w
+        return gain_of(self.err_w, self.err_ref_w, self.lead_w)
 
     @property
     def gain_l(self) -> Float[Tensor, " b"]:
         """err_ref_l - err_l: the loser's log-ratio, up to the factor beta / 2."""
-        return -self.err_l if self.err_ref_l is None else self.err_ref_l - self.err_l
+        return gain_of(self.err_l, self.err_ref_l, self.lead_l)
+
+
+def gain_of(
+    err: Float[Tensor, " b"], err_ref: Float[Tensor, " b"] | None, lead: Float[Tensor, " b"] | None
+) -> Float[Tensor, " b"]:
+    """err_ref - err with the gradient of -err, and with the value `lead` where that is known to more digits.
+
+    Args:
+        err_ref: None without a reference, whose error is 0 then.
+    """
+    if err_ref is None:
+        return -err
+    return err_ref - err if lead is None else lead + (err.detach() - err)
 
 
 def pair_errors(
@@ -76,7 +93,7 @@ def pair_errors(
     """The four squared errors of each pair, from one forward pass of each model on the joined [2B] batch.
 
     Args:
-        reference: None leaves its errors out.
+        reference: None leaves its errors out. It is not run where the batch has its errors.
         error_space: Which prediction the errors are between; `native` is the network's own.
         share_noise: Winner and loser get the same noise; False draws the loser's apart.
         safeguard: Scales the gradient of the loser's error; values stay as they are.
@@ -113,10 +130,11 @@ def errors_at(
     cond, twice = batch.cond.repeat(2), t.repeat(2)
     target = paths.target(policy.path, policy.prediction, x_0, eps, twice)
     factor = paths.error_factor(policy.path, policy.prediction, error_space, twice)
-    pred_ref = None if reference is None else reference_prediction(reference, x_t, twice, cond)
+    known = None if reference is None or batch.err_ref is None else batch.err_ref.T.flatten()  # [2B]
+    pred_ref = None if reference is None or known is not None else reference_prediction(reference, x_t, twice, cond)
     pred = policy(x_t, twice, cond)
     level = policy.path.noise_level(t).float()
-    return errors_between(pred, target, pred_ref, noise_level=level, factor=factor, safeguard=safeguard)
+    return errors_between(pred, target, pred_ref, noise_level=level, factor=factor, safeguard=safeguard, known=known)
 
 
 def errors_between(
@@ -127,15 +145,18 @@ def errors_between(
     noise_level: Float[Tensor, " b"],
     factor: Float[Tensor, " two_b"],
     safeguard: Safeguard | None = None,
+    known: Float[Tensor, " two_b"] | None = None,
 ) -> PairErrors:
     """The four squared errors of each pair, of what was predicted for winners first, then losers.
 
     Args:
         pred: With gradient.
         factor: What each squared error is multiplied by.
+        known: The reference's errors in float64, in place of its predictions.
     """
     err = factor * losses.squared_error(pred, target)
     metrics: dict[str, Tensor] = {}
+    err_ref, lead = reference_errors(pred, target, pred_ref, factor, known)
     if pred_ref is not None:
         moved = (factor * losses.squared_error(pred.detach(), pred_ref)).chunk(2)
         metrics |= {"kl_w": moved[0], "kl_l": moved[1]}
@@ -145,15 +166,44 @@ def errors_between(
         factor_l = safeguard_factor(*residuals.chunk(2), mu=safeguard.mu, per_pair=safeguard.per_pair)
         err_l = scale_gradient(err_l, factor_l)
         metrics["lambda_safe"] = factor_l
-    err_ref = None if pred_ref is None else (factor * losses.squared_error(pred_ref, target)).chunk(2)
+    refs, leads = _halves(err_ref), _halves(lead)
     return PairErrors(
         err_w=err_w,
         err_l=err_l,
-        err_ref_w=None if err_ref is None else err_ref[0],
-        err_ref_l=None if err_ref is None else err_ref[1],
+        err_ref_w=refs[0],
+        err_ref_l=refs[1],
+        lead_w=leads[0],
+        lead_l=leads[1],
         noise_level=noise_level,
         metrics=metrics,
     )
+
+
+def _halves(both: Float[Tensor, " two_b"] | None) -> tuple[Tensor | None, Tensor | None]:
+    if both is None:
+        return None, None
+    w, lo = both.chunk(2)
+    return w, lo
+
+
+def reference_errors(
+    pred: Float[Tensor, " b *rest"],
+    target: Float[Tensor, " b *rest"],
+    pred_ref: Float[Tensor, " b *rest"] | None,
+    factor: Float[Tensor, " b"],
+    known: Float[Tensor, " b"] | None,
+) -> tuple[Float[Tensor, " b"] | None, Float[Tensor, " b"] | None]:
+    """(err_ref, err_ref - err to more digits), without gradient; (None, None) without a reference.
+
+    Where the reference's errors are `known`, in float64, the policy's are averaged in float64 too: what was averaged
+    apart cannot be subtracted element by element.
+    """
+    if known is not None:
+        err = factor * losses.squared_error(pred.detach().double(), target)
+        return known.to(target.dtype), (known - err).to(target.dtype)
+    if pred_ref is None:
+        return None, None
+    return factor * losses.squared_error(pred_ref, target), factor * losses.error_gain(pred, pred_ref, target)
 
 
 def reference_prediction(
@@ -173,6 +223,13 @@ class ImageErrors:
     """None without a reference."""
     noise_level: Float[Tensor, " b"]
     """Share of the noise range at each image's t."""
+    lead: Float[Tensor, " b"] | None = None
+    """err_ref - err to more digits than the two have, without gradient; None takes their difference."""
+
+    @property
+    def gain(self) -> Float[Tensor, " b"]:
+        """err_ref - err: the image's log-ratio, up to a factor."""
+        return gain_of(self.err, self.err_ref, self.lead)
 
 
 def image_errors(
@@ -189,11 +246,13 @@ def image_errors(
     x_t = paths.add_noise(policy.path, batch.x_0, eps, t)
     target = paths.target(policy.path, policy.prediction, batch.x_0, eps, t)
     factor = paths.error_factor(policy.path, policy.prediction, error_space, t)
-    err_ref = None
-    if reference is not None:
-        err_ref = factor * losses.squared_error(reference_prediction(reference, x_t, t, batch.cond), target)
-    err = factor * losses.squared_error(policy(x_t, t, batch.cond), target)
-    return ImageErrors(err=err, err_ref=err_ref, noise_level=policy.path.noise_level(t).float())
+    level = policy.path.noise_level(t).float()
+    known = None if reference is None or batch.err_ref is None else batch.err_ref[:, 0]
+    pred_ref = None if reference is None or known is not None else reference_prediction(reference, x_t, t, batch.cond)
+    pred = policy(x_t, t, batch.cond)
+    err = factor * losses.squared_error(pred, target)
+    err_ref, lead = reference_errors(pred, target, pred_ref, factor, known)
+    return ImageErrors(err=err, err_ref=err_ref, noise_level=level, lead=lead)
 
 
 def safeguard_factor(

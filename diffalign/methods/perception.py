@@ -243,4 +243,6 @@ def _mixed(latent: PairErrors, felt: PairErrors, both: float | None) -> PairErro
         err_l=mixed(latent.err_l, felt.err_l, both),
         err_ref_w=of(latent.err_ref_w, felt.err_ref_w),
         err_ref_l=of(latent.err_ref_l, felt.err_ref_l),
+        lead_w=of(latent.lead_w, felt.lead_w),
+        lead_l=of(latent.lead_l, felt.lead_l),
     )

@@ -9,6 +9,7 @@ from diffalign.types.denoisers import Cond as Cond
 from diffalign.types.denoisers import Denoiser as Denoiser
 from diffalign.types.denoisers import Encoder as Encoder
 from diffalign.types.methods import ALONE as ALONE
+from diffalign.types.methods import ErrorKind as ErrorKind
 from diffalign.types.methods import FollowsOld as FollowsOld
 from diffalign.types.methods import Items as Items
 from diffalign.types.methods import Method as Method

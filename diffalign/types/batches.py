@@ -23,6 +23,8 @@ class PairBatch:
     """Scores of the winners by some judge, from the data's score columns."""
     score_l: Float[Tensor, " b"] | None = None
     """Scores of the losers by the same judge."""
+    err_ref: Float[Tensor, "b 2"] | None = None
+    """The reference's errors on winner and loser, float64, where they are known beforehand."""
 
     def __len__(self) -> int:
         return len(self.x_w)
@@ -35,11 +37,13 @@ class PairBatch:
             cond=self.cond.to(device),
             score_w=None if self.score_w is None else self.score_w.to(device, non_blocking=True),
             score_l=None if self.score_l is None else self.score_l.to(device, non_blocking=True),
+            err_ref=None if self.err_ref is None else self.err_ref.to(device, non_blocking=True),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in the batch by name, to keep a batch aside."""
-        named = {"x_w": self.x_w, "x_l": self.x_l, "score_w": self.score_w, "score_l": self.score_l}
+        names = ("x_w", "x_l", "score_w", "score_l", "err_ref")
+        named = {name: getattr(self, name) for name in names}
         return {**{k: v for k, v in named.items() if v is not None}, **common(self.samples, self.cond)}
 
 
@@ -57,6 +61,8 @@ class ImageBatch:
     """How much better than others of its round an image was, where a method trains on its own samples."""
     t: Shaped[Tensor, " b"] | None = None
     """The t to train at, where the method takes those of the walk that made the image; None draws it."""
+    err_ref: Float[Tensor, "b 1"] | None = None
+    """The reference's error, float64, where it is known beforehand."""
     group: tuple[int, ...] | None = None
     """Images of one prompt and pass share a number, from which the random numbers that they share are derived."""
 
@@ -71,11 +77,13 @@ class ImageBatch:
             label=None if self.label is None else self.label.to(device, non_blocking=True),
             advantage=None if self.advantage is None else self.advantage.to(device, non_blocking=True),
             t=None if self.t is None else self.t.to(device, non_blocking=True),
+            err_ref=None if self.err_ref is None else self.err_ref.to(device, non_blocking=True),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in the batch by name, to keep a batch aside."""
-        named = {"x_0": self.x_0, "label": self.label, "advantage": self.advantage, "t": self.t}
+        names = ("x_0", "label", "advantage", "t", "err_ref")
+        named = {name: getattr(self, name) for name in names}
         return {**{k: v for k, v in named.items() if v is not None}, **common(self.samples, self.cond)}
 
 

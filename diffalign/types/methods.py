@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from diffalign.paths import ErrorSpace
 from diffalign.rng import SampleRng
 from diffalign.types.batches import Batch
 from diffalign.types.denoisers import Denoiser
@@ -80,6 +81,15 @@ Replay = Literal["uniform", "last", "first"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ErrorKind:
+    """Which squared errors of a model at a draw of t and noise."""
+
+    error_space: ErrorSpace = "native"
+    share_noise: bool = True
+    """Winner and loser get the same noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Needs:
     """What a method must be given; whatever is against it is an error before anything runs."""
 
@@ -107,6 +117,9 @@ class Needs:
     """A reward of whole sets may judge the images."""
     mean_old: bool = False
     """Moves come with the mean of the policy that made them."""
+    errors: ErrorKind | None = None
+    """Of a method to which the reference is its errors at each draw and nothing more, so that they may be known
+    beforehand: which errors."""
 
     @property
     def batches(self) -> Literal["pairs", "images", "labelled"]:
