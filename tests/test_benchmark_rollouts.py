@@ -60,27 +60,31 @@ def test_the_plain_loss_is_ours(world, plain):
     )
     better, worse = plain.walked[1], plain.walked[3]
     text = plain.conditions(1)[0]
+    cond, none = Cond({"prompt_embeds": text}), uncond["prompt_embeds"]
     for move in (0, 2):
+        step = torch.tensor([move])
+        with torch.no_grad():
+            found = ours.walk.transition(policy, better[move], step, cond)
+            log_prob = plain.log_prob(plain.unet, better[move], better[move + 1], move, text, none)
+            # the reference's own move is said to be the better one, the policy's the worse: the loss is above log 2
+            x_s_w = ours.walk.transition(reference, better[move], step, cond).mean
+            x_s_l = ours.walk.transition(policy, worse[move], step, cond).mean
+        expected = ours.walk.log_prob(found, better[move + 1])
+        torch.testing.assert_close(log_prob, expected, rtol=1e-5, atol=1e-5)
         batch = TransitionPairs(
             x_t_w=better[move],
-            x_s_w=better[move + 1],
+            x_s_w=x_s_w,
             x_t_l=worse[move],
-            x_s_l=worse[move + 1],
-            step=torch.tensor([move]),
-            cond=Cond({"prompt_embeds": text}),
+            x_s_l=x_s_l,
+            step=step,
+            cond=cond,
             walk=ours.walk,
             samples=(0,),
         )
-        states = (better[move], better[move + 1], worse[move], worse[move + 1])
-        with torch.no_grad():
-            own = plain.log_prob(plain.unet, better[move], better[move + 1], move, text, uncond["prompt_embeds"])
-            base = plain.log_prob(plain.reference, better[move], better[move + 1], move, text, uncond["prompt_embeds"])
-            found = ours.walk.transition(policy, better[move], batch.step, batch.cond)
-        torch.testing.assert_close(own, ours.walk.log_prob(found, better[move + 1]), rtol=1e-5, atol=1e-5)
-        assert (own - base).abs() > 1e-4
-        loss = plain.loss(*states, move, text, uncond["prompt_embeds"])
+        loss = plain.loss(better[move], x_s_w, worse[move], x_s_l, move, text, none)
         out = D3PO(beta=BETA, clip=CLIP)(policy, reference, batch, SampleRng(0, (0,)))
         torch.testing.assert_close(loss, out.loss.mean(), rtol=1e-6, atol=1e-6)
+        assert loss > 0.6931472 + 1e-5
 
 
 def test_all_ways_make_the_same_images_and_the_same_first_loss(world):
