@@ -14,7 +14,10 @@ from diffalign.errors import RunError
 from diffalign.rng import SampleRng
 from diffalign.types import ALONE, Batch, Denoiser, Method, RunningMean, Shared, StepLoss, alone
 
-DECILE_METRICS = ("loss", "rewards/margins", "rewards/accuracies", "winner_gain", "loser_gain", "err_w", "err_l")
+DECILE_METRICS = (
+    *("loss", "rewards/margins", "rewards/accuracies", "winner_gain", "loser_gain", "err_w", "err_l"),
+    *("policy_loss", "ratio", "approx_kl", "clipfrac", "kl_loss"),
+)
 """Metrics that are also kept by decile of the noise level."""
 
 
