@@ -14,6 +14,9 @@ from diffalign.errors import RunError
 from diffalign.rng import SampleRng
 from diffalign.types import ALONE, Batch, Denoiser, Method, RunningMean, Shared, StepLoss, alone
 
+MOST_UNREAD = 32
+"""Steps that go on before they are known to be finite; their batches are kept until then."""
+
 DECILE_METRICS = (
     *("loss", "rewards/margins", "rewards/accuracies", "winner_gain", "loser_gain", "err_w", "err_l"),
     *("policy_loss", "ratio", "approx_kl", "clipfrac", "kl_loss"),
@@ -28,11 +31,13 @@ class StepReport:
     step: int
     """Steps taken so far."""
     metrics: dict[str, float]
+    """Empty where they were not read."""
     deciles: dict[str, list[float | None]]
     """Means by decile of the noise level, clean first; None where no sample fell."""
     samples: int
     """Samples of this step over all processes."""
     seconds: float
+    """Of the step; where steps before it were not read, the mean since the last one that was."""
     rewards: RunningMean = field(default_factory=RunningMean)
     """Running mean of the implicit rewards so far, where the method keeps one."""
 
@@ -60,6 +65,7 @@ def fit(
     accelerator: Any = None,
     rewards: RunningMean | None = None,
     old: Denoiser | None = None,
+    reads: Callable[[int], bool] = lambda step: True,
 ) -> Iterator[StepReport]:
     """Trains until `steps` optimizer steps have been taken; yields a report after each.
 
@@ -71,6 +77,9 @@ def fit(
         accelerator: Of `accelerate`, for precision and processes; None trains plainly on one device.
         rewards: The running mean of implicit rewards, in a resumed run.
         old: The policy that made the images, where the method asks for it.
+        reads: Whether metrics are read after so many steps. In the others nothing waits for the device, if the
+            optimizer can hold back its updates by itself: from the first number on that is not finite it makes none,
+            and the error comes at the next step that is read.
 
     Raises:
         NotFinite: Before the update; it carries the batch.
@@ -78,8 +87,9 @@ def fit(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
     shared = replace(shared_with(accelerator, rewards), old=old)
+    guard, began = Guard(optimizer, accelerator), time.monotonic()
+    taken: list[Taken] = []
     for step in range(start, steps):
-        began = time.monotonic()
         totals = Totals()
         for micro in range(accumulate):
             batch = next(batches).to(device)
@@ -90,8 +100,16 @@ def fit(
             with _without_sync(accelerator, policy, last=micro == accumulate - 1):
                 _backward(accelerator, out.loss.mean() / accumulate)
         grad_norm = _clip(accelerator, parameters, max_grad_norm)
-        metrics, deciles, samples = totals.means(accelerator, grad_norm)
-        _check_finite(step + 1, metrics, batch, accelerator)
+        taken.append(Taken(step + 1, batch, totals, totals.gathered(accelerator, grad_norm)))
+        read = reads(step + 1) or not guard.holds_back or len(taken) == MOST_UNREAD
+        metrics: dict[str, float] = {}
+        deciles: dict[str, list[float | None]] = {}
+        samples = len(batch) * accumulate * _processes(accelerator)
+        if read:
+            for one in taken:
+                metrics, deciles, samples = one.read(accelerator)
+        else:
+            guard.watch(taken[-1].numbers)
         optimizer.step()
         optimizer.zero_grad()
         yield StepReport(
@@ -99,9 +117,50 @@ def fit(
             metrics=metrics,
             deciles=deciles,
             samples=samples,
-            seconds=time.monotonic() - began,
+            seconds=(time.monotonic() - began) / len(taken),
             rewards=shared.rewards,
         )
+        if read:
+            taken, began = [], time.monotonic()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step whose numbers are on the device."""
+
+    step: int
+    batch: Batch
+    totals: "Totals"
+    numbers: Tensor
+
+    def read(self, accelerator: Any) -> tuple[dict[str, float], dict[str, list[float | None]], int]:
+        """(means by name, means by decile, number of samples); waits for the device.
+
+        Raises:
+            NotFinite: The loss or the gradient was not finite.
+        """
+        metrics, deciles, samples = self.totals.parted(self.numbers.tolist(), with_norm=True)
+        _check_finite(self.step, metrics, self.batch, accelerator)
+        return metrics, deciles, samples
+
+
+class Guard:
+    """Holds updates back after a loss or a gradient that is not finite, without waiting for the device.
+
+    It sets the switch that gradient scalers set, `found_inf`, which fused AdamW reads on the device.
+    """
+
+    def __init__(self, optimizer: Any, accelerator: Any) -> None:
+        self.inner = optimizer if accelerator is None else optimizer.optimizer
+        fused = isinstance(self.inner, torch.optim.AdamW) and bool(self.inner.defaults["fused"])
+        self.holds_back = fused and (accelerator is None or accelerator.scaler is None)
+        self.found: Tensor | None = None
+
+    def watch(self, numbers: Tensor) -> None:
+        """Looks at what `Totals.gathered` gave for a step that is not read."""
+        wrong = (~(numbers[1] + numbers[-1]).isfinite()).float()  # loss and norm of the gradient
+        self.found = wrong if self.found is None else torch.maximum(self.found, wrong)
+        self.inner.found_inf = self.found
 
 
 def shared_with(accelerator: Any, rewards: RunningMean | None = None) -> Shared:
@@ -116,7 +175,7 @@ def _reducer(accelerator: Any) -> Callable[[Tensor], Tensor]:
 
 
 class Totals:
-    """Sums of metrics over micro-batches and processes; synchronises once, in `means`."""
+    """Sums of metrics over micro-batches and processes; stays on the device until it is read."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -139,7 +198,12 @@ class Totals:
     def means(
         self, accelerator: Any = None, grad_norm: Tensor | None = None
     ) -> tuple[dict[str, float], dict[str, list[float | None]], int]:
-        """(means by name, means by decile, number of samples) over all processes."""
+        """(means by name, means by decile, number of samples) over all processes; waits for the device."""
+        values = self.gathered(accelerator, grad_norm).tolist()
+        return self.parted(values, with_norm=grad_norm is not None)
+
+    def gathered(self, accelerator: Any = None, grad_norm: Tensor | None = None) -> Tensor:
+        """Number of samples, sums with the loss's first, sums by decile, and last the norm; over all processes."""
         if self.sums is None or self.binned is None:
             raise ValueError("means must follow at least one add")
         flat = torch.cat([self.sums, self.binned.flatten()])
@@ -147,10 +211,15 @@ class Totals:
             flat = accelerator.reduce(flat, reduction="sum")
         if grad_norm is not None:
             flat = torch.cat([flat, grad_norm.detach().to(flat).reshape(1)])
-        values = flat.tolist()  # the one synchronisation of the step
+        return flat
+
+    def parted(
+        self, values: list[float], *, with_norm: bool
+    ) -> tuple[dict[str, float], dict[str, list[float | None]], int]:
+        """What `gathered` gave, as means by name, means by decile and number of samples."""
         count, sums = values[0], values[1 : len(self.names) + 1]
         metrics = {name: total / count for name, total in zip(self.names, sums, strict=True)}
-        if grad_norm is not None:
+        if with_norm:
             metrics["grad_norm"] = values.pop()
         rows = [values[i : i + 10] for i in range(len(self.names) + 1, len(values), 10)]
         kept = [name for name in self.names if name in DECILE_METRICS]
@@ -159,6 +228,10 @@ class Totals:
             for name, row in zip(kept, rows[1:], strict=True)
         }
         return metrics, deciles, round(count)
+
+
+def _processes(accelerator: Any) -> int:
+    return 1 if accelerator is None else int(accelerator.num_processes)
 
 
 def _autocast(accelerator: Any) -> Any:

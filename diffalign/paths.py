@@ -103,7 +103,7 @@ class DDPMPath:
     timesteps: TimestepSampling = TimestepSampling(distribution="uniform")
 
     def coefficients(self, t: Int[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        alpha_bar = self.alpha_bar.to(t.device)[t]
+        alpha_bar = self.alpha_bar.to(t.device, non_blocking=True)[t]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
     def sample_t(self, rng: SampleRng) -> Int[Tensor, " b"]:

@@ -31,7 +31,10 @@ class SampleRng:
         """Standard normal float32 noise of the shape of `like` [B, ...], drawn on the CPU, on the device of `like`."""
         self._check(len(like))
         rows = [torch.randn(like.shape[1:], generator=generator(self.seed, s, purpose)) for s in self.samples]
-        return torch.stack(rows).to(like.device)
+        drawn = torch.stack(rows)
+        if like.device.type == "cuda":
+            return drawn.pin_memory().to(like.device, non_blocking=True)  # a plain copy waits for all that is under way
+        return drawn.to(like.device)
 
     def uniform(self, purpose: str) -> Float[Tensor, " b"]:
         """Float64 draws from [0, 1), one per sample, on the CPU."""

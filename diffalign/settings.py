@@ -82,7 +82,7 @@ class TrainSettings:
     guidance: float | None = None
     """What a network with a guidance embedding is told in training, the reference too; None is 3.5 (FLUX.1)."""
     log_every: int = 1
-    """Steps from one line of metrics.jsonl to the next."""
+    """Steps from one line of metrics.jsonl to the next; in the others nothing waits for the device."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ def take_steps(parts: Parts, phase: Phase, book: Logbook, rewards: RunningMean) 
     cfg, t = parts.cfg, parts.cfg.train
     if phase.start == 0 and look(parts, phase, book, 0, rewards):
         save(parts, book, 0, rewards)
-    main = parts.accelerator.is_main_process
+    main, line = parts.accelerator.is_main_process, ""
     with (
         kept_aside(parts),
         batches_of(parts, phase) as batches,
@@ -102,6 +102,7 @@ def take_steps(parts: Parts, phase: Phase, book: Logbook, rewards: RunningMean) 
             accelerator=parts.accelerator,
             rewards=rewards,
             old=phase.old,
+            reads=lambda step: is_read(cfg, step, phase.stop),
         ):
             rewards = report.rewards
             follow(parts)
@@ -113,7 +114,8 @@ def take_steps(parts: Parts, phase: Phase, book: Logbook, rewards: RunningMean) 
             wanted = look(parts, phase, book, report.step, rewards, shown)
             if wanted or report.step % cfg.checkpoint.every == 0 or report.step == phase.stop:
                 save(parts, book, report.step, rewards)
-            shown.advance(note=note(report))
+            line = note(report) if report.metrics else line
+            shown.advance(note=line)
             if ended(parts):
                 break
     return rewards
@@ -135,6 +137,13 @@ def batches_of(parts: Parts, phase: Phase) -> Iterator[Iterator[Batch]]:
         return
     with closing(ahead(batches, pinned=True)) as coming:
         yield coming
+
+
+def is_read(cfg: TrainConfig, step: int, stop: int) -> bool:
+    """Whether a step's metrics are read: where they are written, and before anything is kept or judged."""
+    every = [cfg.train.log_every, cfg.checkpoint.every]
+    every += [section.every for section in (cfg.validation, cfg.samples, cfg.guard) if section is not None]
+    return step == stop or any(step % n == 0 for n in every)
 
 
 def look(parts: Parts, phase: Phase, book: Logbook, step: int, rewards: RunningMean, shown: Bar | None = None) -> bool:

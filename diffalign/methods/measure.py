@@ -100,7 +100,7 @@ def pair_errors(
 
     Paper: Wallace et al., "Diffusion Model Alignment Using Direct Preference Optimization", arXiv 2311.12908, eq. 14.
     """
-    t = policy.path.sample_t(rng).to(batch.x_w.device)
+    t = policy.path.sample_t(rng).to(batch.x_w.device, non_blocking=True)
     eps_w = rng.normal(batch.x_w, "noise")
     eps = torch.cat([eps_w, eps_w if share_noise else rng.normal(batch.x_l, "noise_l")])
     x_0 = torch.cat([batch.x_w, batch.x_l])  # [2B, C, H, W]
@@ -241,7 +241,7 @@ def image_errors(
     error_space: ErrorSpace = "native",
 ) -> ImageErrors:
     """Squared errors of each image at a t and a noise of its own."""
-    t = policy.path.sample_t(rng).to(batch.x_0.device)
+    t = policy.path.sample_t(rng).to(batch.x_0.device, non_blocking=True)
     eps = rng.normal(batch.x_0, "noise")
     x_t = paths.add_noise(policy.path, batch.x_0, eps, t)
     target = paths.target(policy.path, policy.prediction, batch.x_0, eps, t)
