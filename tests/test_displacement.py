@@ -72,8 +72,10 @@ def test_the_angle_predicts_whether_a_small_step_of_plain_dpo_hurts_the_winner()
 
 
 def test_a_run_that_moves_both_up_says_so_in_log_and_report(world, tmp_path, caplog):  # noqa: F811
-    hot = config(world, tmp_path / "run", optimizer={"lr": 3.0}, method={"name": "diffusion_dpo", "beta": 1.0})
-    hot |= {"validation": {"every": 3, "fraction": 0.3, "pairs": 4}}
+    hot = config(world, tmp_path / "run", optimizer={"lr": 0.3}, method={"name": "diffusion_dpo", "beta": 1.0})
+    hot |= {"model": {"path": "tiny-sd"}, "data": {"path": "tiny-sd-pairs", "limit": 24}, "train": {"steps": 3}}
+    hot["train"] |= {"batch_size": 2, "device": "cpu"}
+    hot |= {"validation": {"every": 3, "fraction": 0.3, "pairs": 4}}  # a trained model gets worse wherever it is thrown
     with caplog.at_level(logging.WARNING, logger="diffalign.train"):
         diffalign.train(hot)
     held = [m["validation"] for m in metrics(tmp_path / "run") if "validation" in m]
