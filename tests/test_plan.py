@@ -134,7 +134,7 @@ def real_step(cfg, inputs, policy):
         None if kind == "none" else make_reference(policy, adapted=True, moves=kind == "ema").denoiser,
         cfg.method,
         _batches(cfg, inputs),
-        make_optimizer(cfg, list(trainable(net).values())),
+        accelerator.prepare(make_optimizer(cfg, list(trainable(net).values()))),
         steps=3,
         accelerator=accelerator,
     )
