@@ -58,6 +58,21 @@ def summary(row: Row, model: str, records: Sequence[Record], base: Record) -> di
     }
 
 
+def finished(cells: Sequence[Any]) -> tuple[dict[str, tuple[Any, list[Record]]], list[str], list[str]]:
+    """(row and records by its name, what is missing, what is of another config than now) of one model's cells."""
+    rows: dict[str, tuple[Any, list[Record]]] = {}
+    missing, stale = [], []
+    for cell in cells:
+        record = method_runs.read(cell.file)
+        if record is None:
+            missing.append(f"{cell.name}, seed {cell.seed}")
+        elif not method_runs.is_current(cell, record):
+            stale.append(f"{cell.name}, seed {cell.seed}")
+        else:
+            rows.setdefault(cell.name, (cell.row, []))[1].append(record)
+    return rows, missing, stale
+
+
 def collect(cells: Sequence[Cell]) -> dict[str, Any]:
     """The table by model, rows by falling oracle win rate, with what is missing or stale."""
     models: dict[str, Any] = {}
@@ -65,16 +80,7 @@ def collect(cells: Sequence[Cell]) -> dict[str, Any]:
         base = method_runs.read(method_runs.base_file(model))
         if base is None:
             continue
-        rows: dict[str, tuple[Row, list[Record]]] = {}
-        missing, stale = [], []
-        for cell in (cell for cell in cells if cell.model == model):
-            record = method_runs.read(cell.file)
-            if record is None:
-                missing.append(f"{cell.row.name}, seed {cell.seed}")
-            elif not method_runs.is_current(cell, record):
-                stale.append(f"{cell.row.name}, seed {cell.seed}")
-            else:
-                rows.setdefault(cell.row.name, (cell.row, []))[1].append(record)
+        rows, missing, stale = finished([cell for cell in cells if cell.model == model])
         found = [summary(row, model, records, base) for row, records in rows.values()]
         models[model] = {
             "base": {

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -140,9 +140,28 @@ def run_one(cell: Cell) -> None:
     print(f"{', '.join(rates)}; {seconds}", flush=True)
 
 
-def main() -> None:
-    """Makes what is not there, then the table."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def drive(
+    about: str | None,
+    plan: Callable[..., list[C]],
+    run_one: Callable[[C], None],
+    write: Callable[[], None],
+    *,
+    module: str,
+    work: str,
+    trials: Path,
+) -> None:
+    """The command line of a table: makes the cells that are not there, then the table; ends the process.
+
+    Args:
+        about: What `--help` says.
+        plan: (models, rows or None, seeds, trial, changes) -> cells.
+        run_one: Makes one cell in this process.
+        write: Writes the table.
+        module: Of this table, to run one cell of it in a process of its own.
+        work: What a run is.
+        trials: Folder in which trials are kept apart.
+    """
+    options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options.add_argument("--methods", nargs="+", help="rows of the table; all that have a config if left out")
     options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -165,21 +184,28 @@ def main() -> None:
         cells = plan(asked.models, asked.methods, asked.seeds, trial=asked.trial, changes=asked.set)
     except InputError as error:
         sys.exit(str(error))
-    failed: list[Cell] = []
+    failed: list[C] = []
     if not asked.table_only:
         left = open_cells(cells, again=asked.again)
-        print(
-            f"{len(left)} of {len(cells)} runs to make, {asked.jobs} at a time: {STEPS} updates of {BATCH} pairs, "
-            f"{PROMPTS} images of {SAMPLER_STEPS} steps each",
-            flush=True,
-        )
-        failed = run_all(left, jobs=asked.jobs)
+        print(f"{len(left)} of {len(cells)} runs to make, {asked.jobs} at a time: {work}", flush=True)
+        failed = run_all(left, jobs=asked.jobs, module=module)
     if asked.trial:
-        print(f"kept under {CACHE / 'trials' / asked.trial}")
+        print(f"kept under {trials / asked.trial}")
     else:
-        absent = sorted({f"{m}, {r.name}" for m in MODELS for r in ROWS if not Cell(model=m, row=r, seed=0).exists()})
-        method_table.write(plan(list(MODELS), None, SEEDS), absent, root=Path(__file__).parent.parent)
+        write()
     sys.exit(f"{len(failed)} runs failed" if failed else 0)
+
+
+def write_table() -> None:
+    """The table of every finished run."""
+    absent = sorted({f"{m}, {r.name}" for m in MODELS for r in ROWS if not Cell(model=m, row=r, seed=0).exists()})
+    method_table.write(plan(list(MODELS), None, SEEDS), absent, root=Path(__file__).parent.parent)
+
+
+def main() -> None:
+    """Makes what is not there, then the table."""
+    work = f"{STEPS} updates of {BATCH} pairs, {PROMPTS} images of {SAMPLER_STEPS} steps each"
+    drive(__doc__, plan, run_one, write_table, module="benchmarks.methods", work=work, trials=CACHE / "trials")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,6 @@ whose config has changed since is made again. Seed 0 of all rows comes first. Wr
 docs/online-results.md and docs/online.png.
 """
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +12,6 @@ from benchmarks import method_runs, method_table, methods, online_runs, online_t
 from benchmarks.method_measures import PROMPTS, SAMPLER_STEPS
 from benchmarks.method_runs import MODELS
 from benchmarks.online_runs import OnlineCell, OnlineRow
-from diffalign.cli import quiet_libraries
 from diffalign.errors import InputError, near_match
 
 PEOPLE = "d3po_people"
@@ -94,49 +90,16 @@ def run_one(cell: OnlineCell) -> None:
     print(f"{'; '.join(said)}; drift {drift:.4f}; {seconds}", flush=True)
 
 
+def write_table() -> None:
+    """The table of every finished run."""
+    absent = sorted({f"{m}, {r.name}" for m in MODELS for r in ROWS if not OnlineCell(model=m, row=r, seed=0).exists()})
+    online_table.write(plan(list(MODELS), None, SEEDS), absent, root=Path(__file__).parent.parent)
+
+
 def main() -> None:
     """Makes what is not there, then the table."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    options.add_argument("--methods", nargs="+", help="rows of the table; all that have a config if left out")
-    options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")
-    options.add_argument("--again", action="store_true", help="also what is finished")
-    options.add_argument("--table-only", action="store_true")
-    options.add_argument("--trial", help="keep the runs apart under this name, on captions of their own; no table")
-    options.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes of a trial's configs")
-    options.add_argument("--one", nargs=3, metavar=("MODEL", "ROW", "SEED"), help=argparse.SUPPRESS)
-    asked = options.parse_args()
-    quiet_libraries()
-    if asked.set and not asked.trial:
-        options.error("--set goes with --trial: the table is of the configs as they are")
-    try:
-        if asked.one:
-            model, row, seed = asked.one
-            [cell] = plan([model], [row], [int(seed)], trial=asked.trial, changes=asked.set)
-            run_one(cell)
-            return
-        cells = plan(asked.models, asked.methods, asked.seeds, trial=asked.trial, changes=asked.set)
-    except InputError as error:
-        sys.exit(str(error))
-    failed: list[OnlineCell] = []
-    if not asked.table_only:
-        left = methods.open_cells(cells, again=asked.again)
-        print(
-            f"{len(left)} of {len(cells)} runs to make, {asked.jobs} at a time: their own images, then {PROMPTS} "
-            f"images of {SAMPLER_STEPS} steps each",
-            flush=True,
-        )
-        failed = methods.run_all(left, jobs=asked.jobs, module="benchmarks.online")
-    if asked.trial:
-        print(f"kept under {online_runs.TRIALS / asked.trial}")
-    else:
-        every = plan(list(MODELS), None, SEEDS)
-        absent = sorted(
-            {f"{m}, {r.name}" for m in MODELS for r in ROWS if not OnlineCell(model=m, row=r, seed=0).exists()}
-        )
-        online_table.write(every, absent, root=Path(__file__).parent.parent)
-    sys.exit(f"{len(failed)} runs failed" if failed else 0)
+    work = f"their own images, then {PROMPTS} images of {SAMPLER_STEPS} steps each"
+    methods.drive(__doc__, plan, run_one, write_table, module="benchmarks.online", work=work, trials=online_runs.TRIALS)
 
 
 if __name__ == "__main__":

@@ -80,16 +80,7 @@ def collect(cells: Sequence[OnlineCell]) -> dict[str, Any]:
         base = method_runs.read(online_runs.base_file(model))
         if base is None:
             continue
-        rows: dict[str, tuple[OnlineRow, list[Record]]] = {}
-        missing, stale = [], []
-        for cell in (cell for cell in cells if cell.model == model):
-            record = method_runs.read(cell.file)
-            if record is None:
-                missing.append(f"{cell.name}, seed {cell.seed}")
-            elif not method_runs.is_current(cell, record):
-                stale.append(f"{cell.name}, seed {cell.seed}")
-            else:
-                rows.setdefault(cell.name, (cell.row, []))[1].append(record)
+        rows, missing, stale = method_table.finished([cell for cell in cells if cell.model == model])
         models[model] = {
             "base": {
                 "scores": {name: float(np.mean(values)) for name, values in base["scores"].items()},

@@ -22,6 +22,7 @@ from diffalign.methods.forward_process import (
     count_levels,
     draw_levels,
     forward_metrics,
+    leading,
     old_policy,
     references_for,
     renoise,
@@ -97,7 +98,7 @@ class DiffusionNFT:
         return draw_levels(self._trained(moves), self.passes(moves), generator) if self.levels == "walk" else None
 
     def _trained(self, moves: int) -> int:
-        return max(1, int(self.level_fraction * moves))
+        return leading(self.level_fraction, moves)
 
     def __call__(
         self, policy: Denoiser, reference: Denoiser | None, batch: ImageBatch, rng: SampleRng, shared: Shared = ALONE

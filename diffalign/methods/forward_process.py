@@ -203,6 +203,11 @@ def select_images(
     return replace(found, weight=change(found.weight))
 
 
+def leading(fraction: float, moves: int) -> int:
+    """How many moves are in this share of a walk, from the noisiest on; at least one."""
+    return max(1, int(fraction * moves))
+
+
 def count_levels(levels: int, count: int | None, where: str) -> int:
     """How many of `levels` levels are trained: all, or `count`.
 
