@@ -114,6 +114,15 @@ def test_a_killed_run_on_its_own_images_ends_as_if_it_had_not_been(world, whole,
     assert metrics(whole[name]) == metrics(tmp_path / "run")
 
 
+def test_a_round_of_pairs_read_by_another_process_has_the_same_log_probs_bit_for_bit(world, tmp_path):
+    whole, killed = (table(world, tmp_path / name, train={"steps": 2, "accumulate": 2}) for name in ("whole", "killed"))
+    assert run(whole, None) == 0
+    assert run(killed, ["fit", "_backward", 3]) == -signal.SIGKILL  # after a step; the second starts from the disk
+    assert run({**killed, "resume": "latest"}, None) == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    assert same(weights(tmp_path / "whole", 2), weights(tmp_path / "killed", 2))
+
+
 @pytest.mark.parametrize(("model", "method"), [("sd", "d3po"), ("sd", "ddpo"), ("sd3", "diffusion_nft")])
 def test_two_processes_make_the_groups_and_take_the_steps_of_one(world, tmp_path, model, method):
     online = {"prompts": 4, "group": 2, "steps": 4 if method != "diffusion_nft" else 8, "batch_size": 2, "updates": 1}
