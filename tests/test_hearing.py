@@ -70,6 +70,18 @@ def test_a_partial_is_weighed_in_decibels():
     assert voice._partial(power, 65_536, 300.0, 3) < -40
 
 
+def test_a_partial_that_wavers_weighs_as_much_as_a_steady_one():
+    phase = 2 * np.pi * 300 * TIME + 3 * np.sin(2 * np.pi * 4 * TIME)
+    power = np.abs(np.fft.rfft(np.sin(phase) + 0.5 * np.sin(3 * phase), 65_536)) ** 2
+    assert voice._partial(power, 65_536, 300.0, 3) == pytest.approx(-6, abs=0.3)
+
+
+def test_noise_is_not_taken_for_a_partial():
+    clips = [tone(300.0) + noise(seed) for seed in range(9)]
+    found = [voice._partial(np.abs(np.fft.rfft(clip, 65_536)) ** 2, 65_536, 300.0, 3) for clip in clips]
+    assert np.median(found) < -22  # the band itself holds -14 dB of it
+
+
 def test_noise_repeats_nothing_and_its_pitch_is_the_middle_of_its_band():
     heard = hearing.measure(playing._wind(415.0, np.random.default_rng(0)))
     assert heard.timbre["wind"] > 0.95
@@ -88,6 +100,12 @@ def test_notes_are_where_they_begin_and_as_long_as_they_are(onsets, seconds):
     heard = hearing.measure(bursts(onsets, seconds))
     np.testing.assert_allclose(heard.onsets, onsets, atol=0.008)
     np.testing.assert_allclose(heard.lengths, seconds, atol=0.016)
+
+
+def test_a_soft_note_close_behind_a_loud_one_is_one_note():
+    heard = hearing.measure(bursts([0.1], 0.4) + 0.3 * bursts([0.55], 0.09))
+    np.testing.assert_allclose(heard.onsets, [0.1, 0.55], atol=0.008)
+    np.testing.assert_allclose(heard.lengths, [0.4, 0.09], atol=0.016)
 
 
 def test_swing_is_the_ratio_of_neighbouring_intervals_in_octaves():

@@ -1,7 +1,7 @@
 """How well the tiny world's ear hears: what share of the renderer's own clips it names right, clean and spoilt."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,15 @@ def measure_hearing(count: int = 2000, seed: int = 93) -> dict[str, Any]:
     Half of the clips are of training combinations, half of held-out ones.
     """
     rng = np.random.default_rng(seed)
-    pairs = []
+    drawn, clips = [], []
     for row in range(count):
-        sound = sounds.draw_sound(rng, "train" if row % 2 else "held_out")
-        pairs.append((sound, playing.render(sound, rng)))
+        drawn.append(sounds.draw_sound(rng, "train" if row % 2 else "held_out"))
+        clips.append(playing.render(drawn[-1], rng))
     ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "clean": lambda clip: clip,
         "spoilt": lambda c: spoil(c, rng),
     }
-    return {"clips": count, **{name: _heard([(s, way(clip)) for s, clip in pairs]) for name, way in ways.items()}}
+    return {"clips": count, **{name: _heard(drawn, map(way, clips)) for name, way in ways.items()}}
 
 
 def spoil(clip: Float[np.ndarray, " s"], rng: np.random.Generator) -> Float[np.ndarray, " s"]:
@@ -41,12 +41,11 @@ def spoil(clip: Float[np.ndarray, " s"], rng: np.random.Generator) -> Float[np.n
     return dull + level * rng.standard_normal(len(dull))
 
 
-def _heard(pairs: list[tuple[Sound, np.ndarray]]) -> dict[str, Any]:
+def _heard(drawn: list[Sound], clips: Iterable[np.ndarray]) -> dict[str, Any]:
     right: Counter[str] = Counter()
     confused: dict[str, Counter[str]] = {name: Counter() for name in hearing.ATTRIBUTES}
     scores = []
-    others = [sound for sound, _ in pairs[1:]] + [pairs[0][0]]
-    for (sound, clip), other in zip(pairs, others, strict=True):
+    for sound, other, clip in zip(drawn, [*drawn[1:], drawn[0]], clips, strict=True):
         heard = hearing.measure(clip)
         nearest = heard.nearest
         for name in hearing.ATTRIBUTES:
@@ -56,7 +55,7 @@ def _heard(pairs: list[tuple[Sound, np.ndarray]]) -> dict[str, Any]:
         scores.append([hearing.compare(heard, asked)["total"] for asked in (sound, other)])
     mine, wrong = np.mean(scores, axis=0).round(4).tolist()
     return {
-        "named": {name: round(right[name] / len(pairs), 4) for name in hearing.ATTRIBUTES},
+        "named": {name: round(right[name] / len(drawn), 4) for name in hearing.ATTRIBUTES},
         "confused": {name: dict((+errors).most_common()) for name, errors in confused.items()},
         "total": mine,
         "total_of_another_caption": wrong,

@@ -121,13 +121,18 @@ def make_prompts(out: Path) -> None:
 
 def make_sound_prompts(out: Path) -> None:
     """256 distinct held-out captions of sounds, and 512 to train on, labelled by how many notes they ask for."""
-    for name, split, count, seed in (("sound-prompts", "held_out", 256, 53), ("sound-train-prompts", "train", 512, 54)):
-        rng = np.random.default_rng(seed)
-        found: dict[str, str] = {}
-        while len(found) < count:
-            sound = sounds.draw_sound(rng, split)
-            found[sounds.caption(sound, rng)] = f"{sound.rhythm.partition(' ')[0]} note{'s' * (sound.rhythm != 'one')}"
-        _write_captions(out / f"{name}.jsonl", found)
+    _write_sound_prompts(out / "sound-prompts.jsonl", "held_out", 256, seed=53)
+    _write_sound_prompts(out / "sound-train-prompts.jsonl", "train", 512, seed=54)
+
+
+def _write_sound_prompts(file: Path, split: sounds.Split, count: int, *, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    found: dict[str, str] = {}
+    while len(found) < count:
+        sound = sounds.draw_sound(rng, split)
+        notes = sound.rhythm.partition(" ")[0]
+        found[sounds.caption(sound, rng)] = "one note" if notes == "one" else f"{notes} notes"
+    _write_captions(file, found)
 
 
 def _write_prompts(file: Path, split: scenes.Split, count: int, *, seed: int) -> None:

@@ -7,6 +7,7 @@ of pitch, timbre and rhythm are split once into training and held-out ones.
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,7 +134,7 @@ def parse(text: str) -> Sound:
     raise ValueError(f"prompt must be a caption of the tiny world's sounds, such as {_EXAMPLE!r}, got {text!r}")
 
 
-def _said(text: str, words: dict[str, tuple[str, ...]]) -> set[str]:
+def _said(text: str, words: Mapping[str, tuple[str, ...]]) -> set[str]:
     """Names of which a word occurs; read from the left, so that "very low" is not low."""
     names = {word: name for name, some in words.items() for word in some}
     return {names[word] for word in re.findall(rf"\b({'|'.join(names)})\b", text.lower())}
