@@ -107,9 +107,8 @@ def caption(sound: Sound, rng: np.random.Generator) -> str:
     loudness = str(rng.choice(_LOUDNESS_WORDS[sound.loudness]))
     if rng.random() < 0.3:
         return f"{voice}, {notes}, {loudness}"
-    sentences = (f"a {voice} plays {notes}, {loudness}", f"{notes} of a {voice}, {loudness}")
-    sentences += (f"{loudness}, a {voice} plays {notes}", f"{loudness}, {notes} of a {voice}")
-    return str(rng.choice(sentences))
+    said = f"a {voice} plays {notes}" if rng.random() < 0.5 else f"{notes} of a {voice}"
+    return f"{said}, {loudness}" if rng.random() < 0.5 else f"{loudness}, {said}"
 
 
 def parse(text: str) -> Sound:
