@@ -18,7 +18,12 @@ MODELS = {
 DATASETS = {"tiny-sd-pairs": "tiny/preferences/sd.parquet", "tiny-sd3-pairs": "tiny/preferences/sd3.parquet"}
 """Shipped preference data by name."""
 
-PROMPTS = {"tiny": "tiny/prompts.jsonl", "tiny-train": "tiny/train-prompts.jsonl"}
+PROMPTS = {
+    "tiny": "tiny/prompts.jsonl",
+    "tiny-train": "tiny/train-prompts.jsonl",
+    "tiny-sounds": "tiny/sound-prompts.jsonl",
+    "tiny-sounds-train": "tiny/sound-train-prompts.jsonl",
+}
 """Shipped prompt sets by name."""
 
 

@@ -10,8 +10,11 @@ from transformers.audio_utils import mel_filter_bank
 
 from diffalign.errors import InputError
 from diffalign.rewards.audio import mono_clips, resample, silent, to_mono
+from diffalign.rewards.fad import FADReward
 from diffalign.rewards.log_mel import LogMelEncoder, htk_filters, magnitudes
 from diffalign.rewards.vggish import log_mel
+from diffalign.tiny import playing
+from diffalign.tiny.sounds import Sound
 from diffalign.types import MediaEncoder, RewardBatch
 from tests.audio_builders import audio_batch, noise, tone
 
@@ -228,3 +231,50 @@ def test_log_mel_refuses_what_it_cannot_cut():
 
 def test_no_clips_have_no_rows():
     assert LogMelEncoder().embed(RewardBatch(audio=[], sample_rate=16_000)).rows.shape == (0, 128)
+
+
+# --- rises
+
+
+def test_rises_are_nats_in_a_tenth_of_a_second():
+    clip = tone(1000, 16_000, 16_000, level=0.5)
+    clip[:, :8000] = 0
+    encoder = LogMelEncoder(bands=32, rises=True)
+    [row] = encoder.embed(audio_batch(clip, rate_hz=16_000)).rows
+    assert row.shape == (96,) == (encoder.width,)
+    loudest = row[64:].argmax()
+    frames = torch.log(magnitudes(clip[0], window=400, hop=160, fft=512) @ encoder._filters + 0.01)[:, loudest]
+    assert row[64:][loudest].item() == pytest.approx((frames[-1] - frames[0]).item() / (len(frames) / 10), rel=1e-3)
+
+
+def test_rises_count_onsets_which_mean_and_deviation_do_not():
+    once, often = (tone(1000, 16_000, 16_000, level=0.5) for _ in range(2))
+    once[:, 8000:] = 0
+    often *= (torch.arange(16_000) % 4000 < 2000).float()
+    rows = LogMelEncoder(bands=32, rises=True).embed(audio_batch(once.flip(1), often.flip(1), rate_hz=16_000)).rows
+    peak = rows[0, :32].argmax()
+    assert abs(rows[0, peak] - rows[1, peak]) < 0.6
+    assert rows[1, 64 + peak] / rows[0, 64 + peak] == pytest.approx(4, abs=0.3)
+
+
+def test_rises_have_a_gradient_and_need_a_tenth_of_a_second():
+    clip = noise(0, 4000).requires_grad_()
+    LogMelEncoder(rises=True).embed_with_graph(audio_batch(clip, rate_hz=16_000)).rows[:, 128:].sum().backward()
+    assert clip.grad.isfinite().all()
+    assert clip.grad.abs().max() > 0
+    with pytest.raises(InputError, match="at least 1840 samples"):
+        LogMelEncoder(rises=True).embed(audio_batch(noise(0, 1839), rate_hz=16_000))
+    assert LogMelEncoder(rises=True).embed(audio_batch(noise(0, 1840), rate_hz=16_000)).rows.isfinite().all()
+
+
+def test_a_distance_of_sounds_hears_a_style_and_refuses_the_reference_of_another_encoder(tmp_path):
+    rng = np.random.default_rng(0)
+    styles = [Sound("low", "violin", "two", "long", "steady"), Sound("high", "flute", "four even", "short", "steady")]
+    clips = [[torch.from_numpy(playing.render(style, rng))[None] for _ in range(10)] for style in styles]
+    fad = FADReward(LogMelEncoder(bands=8, rises=True))
+    fad.fit_reference([audio_batch(*clips[0][:5], rate_hz=16_000)])
+    same, other = (fad.score_set([audio_batch(*c[5:], rate_hz=16_000)]).raw["distance"] for c in clips)
+    assert other > 5 * same
+    fad.save_reference(tmp_path / "violins.safetensors")
+    with pytest.raises(InputError, match=r"violins\.safetensors"):
+        FADReward(LogMelEncoder(bands=8)).load_reference(tmp_path / "violins.safetensors")

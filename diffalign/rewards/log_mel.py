@@ -16,6 +16,8 @@ from diffalign.rewards.audio import mono_clips
 from diffalign.types import Embedded, Modality, RewardBatch
 
 _LEAST_VARIANCE = 1e-12
+_STRIDE = 5
+"""Frames over which a rise is measured, and over which both its ends are averaged."""
 
 
 def magnitudes(samples: Float[Tensor, "*b s"], *, window: int, hop: int, fft: int) -> Float64[Tensor, "*b f n"]:
@@ -42,22 +44,25 @@ def htk_filters(*, rate_hz: int, fft: int, bands: int, low_hz: float, high_hz: f
 
 
 class LogMelEncoder:
-    """Mean and deviation of a clip's log-mel bands over time, without weights: one row of 2 x `bands` a clip.
+    """Mean and deviation of a clip's log-mel bands over time, without weights: one row of 2 or 3 x `bands` a clip.
 
     Frames of 25 ms every 10 ms, ln(mel magnitude + 0.01), bands from 125 Hz to 7.5 kHz or to 15/16 of the highest
     frequency there is. It hears level and colour of the sound and nothing of their order. A deviation is at least 1e-6,
-    and has no gradient there.
+    and has no gradient there. `rises` adds how much each band rises within 50 ms, in all and per tenth of a second,
+    which grows with the rate of onsets.
     """
 
     modality: Modality = "audio"
 
-    def __init__(self, *, rate_hz: int = 16_000, bands: int = 64, device: torch.device | str = "cpu") -> None:
-        """Names the rate of the clips to come and the bands to cut them into."""
+    def __init__(
+        self, *, rate_hz: int = 16_000, bands: int = 64, rises: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
+        """Names the rate of the clips to come, the bands to cut them into, and whether to count their rises."""
         if rate_hz < 1000 or bands < 1:
             raise InputError(
                 f"encoder log_mel must have rate_hz of 1000 or more and at least 1 band, got {rate_hz} and {bands}"
             )
-        self.rate_hz, self.bands = rate_hz, bands
+        self.rate_hz, self.bands, self.rises = rate_hz, bands, rises
         self.device = torch.device(device)
         self._window, self._hop = round(rate_hz * 0.025), round(rate_hz * 0.01)
         self._fft = 1 << (self._window - 1).bit_length()
@@ -72,11 +77,11 @@ class LogMelEncoder:
 
     @property
     def version(self) -> str:
-        return f"log_mel, {self.bands} bands, {self.rate_hz} Hz"
+        return f"log_mel, {self.bands} bands, {self.rate_hz} Hz{', rises' if self.rises else ''}"
 
     @property
     def width(self) -> int:
-        return 2 * self.bands
+        return (3 if self.rises else 2) * self.bands
 
     def to(self, device: torch.device | str) -> "LogMelEncoder":
         self.device = torch.device(device)
@@ -89,13 +94,26 @@ class LogMelEncoder:
 
     def embed_with_graph(self, batch: RewardBatch) -> Embedded:
         """One row a clip, with gradient to its samples."""
-        clips = mono_clips(batch, self.version, rate_hz=self.rate_hz, shortest=self._window)
+        clips = mono_clips(batch, self.version, rate_hz=self.rate_hz, shortest=self._shortest)
         rows = [torch.zeros(0, self.width), *(self._row(clip)[None] for clip in clips)]
         home = clips[0].device if clips else self.device
         return Embedded(rows=torch.cat([row.to(home) for row in rows]), counts=(1,) * len(clips))
+
+    @property
+    def _shortest(self) -> int:
+        """Samples of one frame, or of the frames that one rise needs."""
+        return self._window + (2 * _STRIDE - 1 if self.rises else 0) * self._hop
 
     def _row(self, clip: Float[Tensor, " s"]) -> Float[Tensor, " d"]:
         spectrum = magnitudes(clip.to(self.device), window=self._window, hop=self._hop, fft=self._fft)
         bands = torch.log(spectrum @ self._filters.to(self.device) + 0.01)
         deviation = bands.var(0, correction=0).clamp(min=_LEAST_VARIANCE).sqrt()
-        return torch.cat([bands.mean(0), deviation]).float()
+        rises = [_rises(bands)] if self.rises else []
+        return torch.cat([bands.mean(0), deviation, *rises]).float()
+
+
+def _rises(bands: Float64[Tensor, "f m"]) -> Float64[Tensor, " m"]:
+    """Nats by which each band rises, in a tenth of a second."""
+    smooth = bands.unfold(0, _STRIDE, 1).mean(-1)
+    steps = (smooth[_STRIDE:] - smooth[:-_STRIDE]).clamp(min=0)
+    return steps.sum(0) / _STRIDE / (len(bands) / 10)

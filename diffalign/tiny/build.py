@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffalign.tiny import pretrain, scenes
+from diffalign.tiny import pretrain, scenes, sounds
 from diffalign.tiny.pretrain import CATALOGUE, CLIP_MEAN, CLIP_STD, PAINTER
 
 BASES = ("sd", "sd3")
@@ -119,6 +119,22 @@ def make_prompts(out: Path) -> None:
     _write_prompts(out / "train-prompts.jsonl", "train", 512, seed=52)
 
 
+def make_sound_prompts(out: Path) -> None:
+    """256 distinct held-out captions of sounds, and 512 to train on, labelled by how many notes they ask for."""
+    _write_sound_prompts(out / "sound-prompts.jsonl", "held_out", 256, seed=53)
+    _write_sound_prompts(out / "sound-train-prompts.jsonl", "train", 512, seed=54)
+
+
+def _write_sound_prompts(file: Path, split: sounds.Split, count: int, *, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    found: dict[str, str] = {}
+    while len(found) < count:
+        sound = sounds.draw_sound(rng, split)
+        notes = sound.rhythm.partition(" ")[0]
+        found[sounds.caption(sound, rng)] = "one note" if notes == "one" else f"{notes} notes"
+    _write_captions(file, found)
+
+
 def _write_prompts(file: Path, split: scenes.Split, count: int, *, seed: int) -> None:
     rng = np.random.default_rng(seed)
     found: dict[str, str] = {}
@@ -126,6 +142,11 @@ def _write_prompts(file: Path, split: scenes.Split, count: int, *, seed: int) ->
     while len(found) < count:
         scene = scenes.draw_scene(rng, split)
         found[scenes.caption(scene, rng)] = words[len(scene.things)]
+    _write_captions(file, found)
+
+
+def _write_captions(file: Path, found: dict[str, str]) -> None:
+    """A line for each caption and its category."""
     lines = [json.dumps({"prompt": prompt, "category": category}) for prompt, category in found.items()]
     file.write_text("\n".join(lines) + "\n")
 
@@ -155,6 +176,12 @@ def make_measurements(out: Path) -> None:
     from diffalign.tiny import measure
 
     (out / "measured.json").write_text(json.dumps(measure.measure(out), indent=1) + "\n")
+
+
+def make_sound_measurements(out: Path) -> None:
+    from diffalign.tiny.audition import measure_hearing
+
+    (out / "sounds-measured.json").write_text(json.dumps(measure_hearing(), indent=1) + "\n")
 
 
 def forget_paths(folder: Path) -> None:
@@ -192,7 +219,9 @@ STAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "sd": ("sd/model_index.json", make_sd),
     "sd3": ("sd3/model_index.json", make_sd3),
     "prompts": ("prompts.jsonl", make_prompts),
+    "sound-prompts": ("sound-prompts.jsonl", make_sound_prompts),
     "sd-pairs": ("preferences/sd.parquet", partial(make_preferences, family="sd")),
     "sd3-pairs": ("preferences/sd3.parquet", partial(make_preferences, family="sd3")),
     "measurements": ("measured.json", make_measurements),
+    "sound-measurements": ("sounds-measured.json", make_sound_measurements),
 }
