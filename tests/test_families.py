@@ -338,12 +338,11 @@ def test_sdxl_learns_from_the_winners_own_size_and_crop_where_asked(world, tmp_p
 
 
 def test_crops_are_counted_after_resizing_and_in_the_mirrored_image():
-    from diffalign.data.images import Placement, Preprocessing, origin
+    from diffalign.data.images import Placement, origin
 
-    prep = Preprocessing(resolution=16, sizes=True)
     wide = worlds.picture(64, 32)
-    assert origin(wide, prep, Placement(0.25, 0.5)) == (32, 64, 0, 4)
-    assert origin(wide, prep, Placement(0.25, 0.5, True)) == (32, 64, 0, 12)
+    assert origin(wide, (16, 16), Placement(0.25, 0.5)) == (32, 64, 0, 4)
+    assert origin(wide, (16, 16), Placement(0.25, 0.5, True)) == (32, 64, 0, 12)
 
 
 def test_an_empty_prompt_is_encoded_or_zeros(world, tmp_path):
