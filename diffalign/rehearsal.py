@@ -102,7 +102,7 @@ def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Enco
     from diffusers import AutoencoderKL
 
     side = cfg.data.resolution or native_resolution(cfg.model, family)
-    width, height = max(buckets_of(cfg, family), key=math.prod, default=(side, side))
+    width, height = max(buckets_of(cfg, family), key=lambda size: (math.prod(size), -max(size)), default=(side, side))
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(load_vae_config(cfg.model)).eval().requires_grad_(False)
     pipeline = _text_pipeline(cfg, family, index)
