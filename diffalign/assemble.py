@@ -10,9 +10,10 @@ import torch
 
 from diffalign import attention, environment
 from diffalign import checkpoint as disk
-from diffalign.checks import REFERENCE_DECAY, check_batch, context_of, method_name, reference_kind
+from diffalign.checks import REFERENCE_DECAY, buckets_of, check_batch, context_of, method_name, reference_kind
 from diffalign.config import dump
 from diffalign.data.batches import Collator, Rows
+from diffalign.data.buckets import check_filled
 from diffalign.data.cache import Share
 from diffalign.data.images import Preprocessing
 from diffalign.data.pairs import Counts, PairReader
@@ -149,6 +150,7 @@ def make_collators(
     """Batches of rows to train on and of rows held out."""
     rows, held, counts = prepare_rows(cfg, family, folder, share, accelerator)
     check_prompts(cfg, rows)
+    group = cfg.train.batch_size * cfg.train.accumulate * share.of
     collator = Collator(
         rows=rows,
         kind=cfg.method.needs.batches,
@@ -159,7 +161,10 @@ def make_collators(
         swap=cfg.data.swap_labels,
         positive_ratio=cfg.data.positive_ratio,
         sizes=cfg.data.sizes == "original",
+        group=group,
     )
+    if collator.bucket is not None:
+        counts.buckets = check_filled(buckets_of(cfg, family), collator.bucket, group)
     return collator, None if held is None else replace(collator, rows=held, prompt_dropout=0.0), counts
 
 
@@ -225,6 +230,7 @@ def claim_folder(parts: Parts) -> None:
             "attention": parts.attention,
             "processes": parts.accelerator.num_processes,
             "seed": parts.cfg.seed,
+            **({"buckets": parts.counts.buckets} if parts.counts.buckets else {}),
         }
         disk.write_atomic(parts.folder / "environment.json", json.dumps(about, indent=1))
         disk.drop_after(parts.folder / "checkpoints", parts.start)
@@ -246,6 +252,7 @@ def prepare_rows(
         flip=data.flip,
         variants=data.variants,
         sizes=data.sizes == "original",
+        buckets=buckets_of(cfg, family),
     )
     encoders = Encoders(cfg.model, family, accelerator.device, zeros=data.empty_prompt == "zeros")
     fraction = 0.0 if cfg.validation is None else cfg.validation.fraction

@@ -74,7 +74,8 @@ def _data(cfg: TrainConfig, counts: Counts, step: int) -> str:
     """What it was trained on: rows of data, or its own images of prompts, and by whose judgement."""
     if cfg.online is None:
         dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.dropped.items())) or "none"
-        return f"`{cfg.data.path}`: {counts.rows} rows, of which {counts.kept} were used; dropped: {dropped}."
+        cropped = f" {counts.cropped} losers were cropped to the shape of their winner." if counts.cropped else ""
+        return f"`{cfg.data.path}`: {counts.rows} rows, of which {counts.kept} were used; dropped: {dropped}.{cropped}"
     own = cfg.online
     judges = [f"`{spec}`" for spec in (*own.rewards, *([own.set_reward] if own.set_reward else []))]
     rounds = step // own.updates

@@ -1,5 +1,6 @@
 """What the sections of a run's config must not be together; every refusal says why."""
 
+from diffalign.data.buckets import STEP, Size, bucket_table
 from diffalign.data.prepare import check_conditions
 from diffalign.denoisers import Context, Family
 from diffalign.errors import InputError
@@ -31,6 +32,7 @@ def check(config: TrainConfig) -> None:
     check_online(config)
     _check_guard(config)
     _check_fixed_draws(config)
+    _check_buckets(config)
     _check_ranges(config)
     _check_sections(config)
 
@@ -145,6 +147,33 @@ def _check_fixed_draws(config: TrainConfig) -> None:
         raise InputError("config.data.cache must not be false with train.fixed_draws, whose errors are kept there")
 
 
+def _check_buckets(config: TrainConfig) -> None:
+    """Shapes that change from step to step, where everything takes them."""
+    data = config.data
+    if data.buckets is False:
+        for key, value, unset in (
+            ("bucket_step", data.bucket_step, STEP),
+            ("bucket_min", data.bucket_min, None),
+            ("bucket_max", data.bucket_max, None),
+        ):
+            if value != unset:
+                raise InputError(f"config.data.{key} must be left out without data.buckets, got {value}")
+        return
+    for key, taken, why in (
+        ("[rounds]", config.rounds is not None, "whose images are sampled as squares"),
+        (
+            "train.fixed_draws",
+            config.train.fixed_draws is not None,
+            "whose errors are computed in batches of one shape",
+        ),
+        ("train.compile", config.train.compile, "which would compile the network anew for every shape"),
+        ("data.positive_ratio", data.positive_ratio is not None, "which draws images whatever their shape"),
+    ):
+        if taken:
+            got = "true" if data.buckets is True else list(data.buckets)
+            raise InputError(f"config.data.buckets must be false with {key}, {why}; got {got}")
+
+
 def _check_ranges(config: TrainConfig) -> None:
     for name, value, least in (
         ("train.steps", config.train.steps, 1),
@@ -197,6 +226,28 @@ def check_batch(config: TrainConfig, processes: int) -> None:
             f"{method_name(config.method)!r}, "
             f"whose baseline is a mean over the batch; got {size} on {processes} process"
         )
+
+
+def buckets_of(config: TrainConfig, family: Family) -> tuple[Size, ...]:
+    """The sizes that images are fitted to, width first; none for squares.
+
+    Raises:
+        InputError: The family takes squares alone, or the sizes are not what its network and VAE take.
+    """
+    data, context = config.data, context_of(config, family)
+    if data.buckets is False:
+        return ()
+    if family.square:
+        raise InputError(
+            f"config.data.buckets must be false with the family {family.name!r}, whose network takes squares alone"
+        )
+    token = context.vae_factor * family.patch
+    if data.bucket_step % token:
+        raise InputError(
+            f"config.data.bucket_step must be a multiple of {token} with this model, got {data.bucket_step}"
+        )
+    names = None if data.buckets is True else data.buckets
+    return bucket_table(context.resolution, names, step=data.bucket_step, low=data.bucket_min, high=data.bucket_max)
 
 
 def context_of(config: TrainConfig, family: Family) -> Context:

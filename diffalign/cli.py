@@ -75,11 +75,13 @@ def fail(message: str, status: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps libraries' advice for developers off the terminal; their errors still show."""
+    """Keeps libraries' advice for developers off the terminal; their errors still show, and what a run begins with."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for name in ("bitsandbytes", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("diffalign.train").setLevel(logging.INFO)
 
 
 @app.command()

@@ -29,8 +29,11 @@ def check_data(
     split: Split = "train",
     limit: Limit = None,
     streaming: Annotated[bool, typer.Option(help="Read a hub data set without downloading all of it.")] = False,
+    resolution: Annotated[int | None, typer.Option(help="Count rows by aspect bucket of this data.resolution.")] = None,
+    bucket_step: Annotated[int, typer.Option(help="data.bucket_step of these buckets.")] = 64,
 ) -> None:
     """Count rows, ties, broken images and duplicates; for a hub id, say its size before any download."""
+    from diffalign.data.buckets import bucket_table
     from diffalign.data.check import check, hub_size
     from diffalign.data.pairs import PairReader, PairSource
     from diffalign.shipped import DATASETS, resolve
@@ -43,7 +46,8 @@ def check_data(
         if not streaming:
             out.print("add --streaming to read it without downloading all of it, and --limit N for its first rows")
             return
-    found = check(PairReader(PairSource(path=path, split=split, limit=limit, streaming=streaming)))
+    buckets = () if resolution is None else bucket_table(resolution, step=bucket_step)
+    found = check(PairReader(PairSource(path=path, split=split, limit=limit, streaming=streaming)), buckets)
     table = Table("what", "value", title=path, title_justify="left")
     for name, value in describe_check(found):
         table.add_row(name, value)
@@ -173,6 +177,7 @@ def show(file: Path, rows: "list[tuple[str, object]]") -> None:
 
 def describe_check(found: object) -> list[tuple[str, str]]:
     """Rows of the table that `data check` prints."""
+    from diffalign.data.buckets import name_of
     from diffalign.data.check import Check
 
     assert isinstance(found, Check), "describe_check takes what check returns"
@@ -190,6 +195,10 @@ def describe_check(found: object) -> list[tuple[str, str]]:
         ("image sizes", ", ".join(f"{w}x{h} ({n})" for (w, h), n in found.sizes.most_common(4))),
         ("images", gigabytes(found.bytes)),
     ]
+    filled = [(name_of(size), found.filled[i]) for i, size in enumerate(found.buckets)]
+    rows += [(f"bucket {name}", str(n)) for name, n in filled if n]
+    if found.buckets:
+        rows.append(("losers cropped to another bucket", str(found.cropped)))
     if found.labelled:
         word = "first image wins" if found.layout == "pickapic" else "good labels"
         rows.append((word, f"{found.first_wins} of {found.labelled} ({100 * found.first_wins / found.labelled:.1f} %)"))

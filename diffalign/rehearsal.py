@@ -4,6 +4,7 @@ The networks are those of the model's own configs; VAE and text encoders are run
 is conditioned on. Only configs and tokenizers are read.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from diffalign import losses
 from diffalign.assemble import make_accelerator, make_optimizer, place_net
-from diffalign.checks import context_of, reference_kind
+from diffalign.checks import buckets_of, context_of, reference_kind
 from diffalign.counting import (
     Memory,
     autocast,
@@ -101,6 +102,7 @@ def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Enco
     from diffusers import AutoencoderKL
 
     side = cfg.data.resolution or native_resolution(cfg.model, family)
+    width, height = max(buckets_of(cfg, family), key=lambda size: (math.prod(size), -max(size)), default=(side, side))
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(load_vae_config(cfg.model)).eval().requires_grad_(False)
     pipeline = _text_pipeline(cfg, family, index)
@@ -112,7 +114,7 @@ def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Enco
         with Memory(known) as memory:
             found: list[Any] = []
             count = cfg.data.encode_batch_size
-            flop = count_flop(lambda: found.append(_moments(vae, torch.empty(count, 3, side, side))))
+            flop = count_flop(lambda: found.append(_moments(vae, torch.empty(count, 3, height, width))))
             prompt_flop = count_flop(lambda: found.append(family.encode_prompts(pipeline, ["a"])))
     mean, cond = found
     return Encoding(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diffalign.attention import Attention
+from diffalign.data.buckets import STEP
 from diffalign.data.selfsampled import RoundSettings
 from diffalign.data.sources import PairSource
 from diffalign.guard.settings import GuardSettings
@@ -19,7 +20,16 @@ class DataSettings(PairSource):
     """Preference data, how images are made to fit, and where their encodings are kept."""
 
     resolution: int | None = None
-    """Side in pixels; None takes the model's own."""
+    """Side in pixels; None takes the model's own. With buckets the side of the square that has their largest area."""
+    buckets: bool | tuple[str, ...] = False
+    """Train at the images' own aspect ratios: every pair at the size, of those that bucket_step gives or of a list
+    such as ["1024x1024", "1216x832"], that is nearest to its winner's. A step has pairs of one size."""
+    bucket_step: int = STEP
+    """Sides of buckets are multiples of so many pixels (kohya's bucket_reso_steps)."""
+    bucket_min: int | None = None
+    """Shortest side of a bucket (min_bucket_reso); None is half the resolution, in whole steps."""
+    bucket_max: int | None = None
+    """Longest side of a bucket (max_bucket_reso); None is twice the resolution."""
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     """Mirror pairs at random; falsifies captions that name a side."""

@@ -18,6 +18,7 @@ from diffalign import checkpoint as disk
 from diffalign.assemble import Parts, assemble, claim_folder, follow, state_of
 from diffalign.config import dump
 from diffalign.data.batches import stream
+from diffalign.data.buckets import describe
 from diffalign.data.prefetch import ahead
 from diffalign.errors import RunError
 from diffalign.fit import NotFinite, StepReport, fit
@@ -55,6 +56,8 @@ def run(cfg: TrainConfig) -> RunResult:
     """
     parts = assemble(cfg)
     claim_folder(parts)
+    if parts.counts.buckets and parts.accelerator.is_main_process:
+        log.info("%s", describe(parts.counts.buckets, parts.counts.cropped))
     parts.accelerator.init_trackers("diffalign")
     log_file = parts.folder / "metrics.jsonl"
     with Logbook(log_file, parts.accelerator, parts.metrics_offset) as book, attention.used(parts.attention):

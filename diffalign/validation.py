@@ -88,12 +88,12 @@ def validate(
     shared = replace(ALONE, rewards=rewards or RunningMean())  # processes may differ in how many batches they have
     for decile in range(10):
         local = replace(policy, path=_within(policy.path, decile / 10, (decile + 1) / 10))
-        for rows in _mine(len(collator), batch_size, share):
+        for rows in _mine(collator, batch_size, share):
             batch = collator.batch(rows, [-1 - row * 10 - decile for row in rows]).to(accelerator.device)
             with accelerator.autocast():
                 totals.add(method(local, reference, batch, SampleRng(collator.seed, batch.samples), shared))
     metrics, deciles, _ = totals.means(accelerator)
-    for rows in itertools.islice(_mine(len(collator.rows), batch_size, share), 1 if share.of == 1 else 0):
+    for rows in itertools.islice(_mine(collator, batch_size, share), 1 if share.of == 1 else 0):
         batch = collator.batch(rows, [-1 - row * 10 for row in rows]).to(accelerator.device)
         if isinstance(batch, PairBatch):
             with accelerator.autocast():
@@ -161,7 +161,8 @@ def _within(path: DDPMPath | FlowPath, low: float, high: float) -> DDPMPath | Fl
     )
 
 
-def _mine(length: int, batch_size: int, share: Share) -> Iterator[list[int]]:
-    rows = list(range(share.mine, length, share.of))
-    for start in range(0, len(rows), batch_size):
-        yield rows[start : start + batch_size]
+def _mine(collator: Collator, batch_size: int, share: Share) -> Iterator[list[int]]:
+    for alike in collator.alike:
+        rows = alike[share.mine :: share.of]
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size]

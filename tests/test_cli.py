@@ -345,7 +345,7 @@ def test_the_command_line_has_not_changed():
     }
     source = ["limit", "out_file", "path", "split"]
     assert words(group.commands["data"]) == {
-        "check": ["limit", "path", "split", "streaming"],
+        "check": ["bucket_step", "limit", "path", "resolution", "split", "streaming"],
         "filter": ["absolute_winners", "all_losers", *source],
         "relabel": sorted([*source, "batch_size", "device", "reward"]),
         "score": sorted([*source, "batch_size", "device", "reward"]),

@@ -12,7 +12,7 @@ from diffalign.data import cache as disk
 from diffalign.data.batches import CachedRows, Collator, LatentScale, Order, stream
 from diffalign.data.cache import CacheReader, Share
 from diffalign.data.check import check
-from diffalign.data.images import Placement, Preprocessing, decode, place, to_square
+from diffalign.data.images import Placement, Preprocessing, decode, place, to_size
 from diffalign.data.pairs import Counts, Dropped, PairReader, PairSource, Row
 from diffalign.data.prepare import CacheJob, Encoders, cached
 from diffalign.errors import InputError
@@ -168,10 +168,10 @@ def test_preprocessing_keeps_the_shorter_side_and_the_centre():
 
     wide = Image.new("RGB", (64, 32), (255, 0, 0))
     wide.paste((0, 0, 255), (16, 0, 48, 32))
-    x = to_square(wide, PREP, Placement())
+    x = to_size(wide, (16, 16), Placement())
     assert x.shape == (3, 16, 16)
     assert x[2, :, 1:-1].min() == 1  # the blue middle fills the square, its edges are blended
-    assert to_square(wide, PREP, Placement(x=0.0))[0].max() == 1  # the red edge is seen from the left
+    assert to_size(wide, (16, 16), Placement(x=0.0))[0].max() == 1  # the red edge is seen from the left
 
 
 def test_both_members_of_a_pair_are_placed_alike_and_variants_differ():
@@ -245,7 +245,7 @@ def test_the_cache_gives_back_what_was_encoded(tmp_path, pairs, small_shards):
     for i, row in enumerate(rows):
         for data, where in ((row.chosen, table.chosen[i]), (row.rejected, table.rejected[i])):
             mean, _ = content.moments(where[:1])
-            torch.testing.assert_close(mean.mean(), to_square(decode(data), PREP, Placement()).mean())
+            torch.testing.assert_close(mean.mean(), to_size(decode(data), (16, 16), Placement()).mean())
         assert table.prompts[table.prompt[i]] == row.prompt
         assert content.cond(table.prompt[i : i + 1])["c"].item() == len(row.prompt)
     assert table.counts.dropped == {"tie": 4}

@@ -212,7 +212,17 @@ def test_images_come_from_the_stock_pipeline_at_given_noise(world, name):
 @pytest.mark.parametrize("name", [*SAMPLED, *OLDER])
 def test_our_denoiser_walked_down_its_path_gives_the_latents_of_the_stock_pipeline(world, name, guidance):
     """eta = 0 and ODE: what the pipeline conditions, scales, packs and tells of t is what training does."""
+    walk_beside_the_pipeline(world, name, guidance)
+
+
+@pytest.mark.parametrize("name", [name for name in [*SAMPLED, *OLDER] if name != "dit"])
+def test_it_does_so_for_images_twice_as_wide_as_high(world, name):
+    walk_beside_the_pipeline(world, name, 1.0, wide=True)
+
+
+def walk_beside_the_pipeline(world: Path, name: str, guidance: float, *, wide: bool = False) -> None:
     denoiser, x, cond, pipeline = parts(world, name)
+    x = torch.cat([x, x.flip(0)], dim=3) if wide else x
     model = MODELS[name] if name in MODELS else OLDER[name]
     family, texts = FAMILIES[model.family], model.texts
     flow = denoiser.prediction == "velocity"
@@ -232,13 +242,13 @@ def test_our_denoiser_walked_down_its_path_gives_the_latents_of_the_stock_pipeli
             prompt=list(texts),
             latents=family.pack(x),
             height=16,
-            width=16,
+            width=32 if wide else 16,
             num_inference_steps=4,
             guidance_scale=guidance,
             output_type="latent",
             **family.call_options(pipeline),
         ).images
-        theirs = family.unpack(theirs, 8, 8)
+        theirs = family.unpack(theirs, *x.shape[-2:])
     ours = family.sample(pipeline, texts, x, steps=4, guidance=guidance, decoded=False)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -338,12 +348,11 @@ def test_sdxl_learns_from_the_winners_own_size_and_crop_where_asked(world, tmp_p
 
 
 def test_crops_are_counted_after_resizing_and_in_the_mirrored_image():
-    from diffalign.data.images import Placement, Preprocessing, origin
+    from diffalign.data.images import Placement, origin
 
-    prep = Preprocessing(resolution=16, sizes=True)
     wide = worlds.picture(64, 32)
-    assert origin(wide, prep, Placement(0.25, 0.5)) == (32, 64, 0, 4)
-    assert origin(wide, prep, Placement(0.25, 0.5, True)) == (32, 64, 0, 12)
+    assert origin(wide, (16, 16), Placement(0.25, 0.5)) == (32, 64, 0, 4)
+    assert origin(wide, (16, 16), Placement(0.25, 0.5, True)) == (32, 64, 0, 12)
 
 
 def test_an_empty_prompt_is_encoded_or_zeros(world, tmp_path):

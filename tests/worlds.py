@@ -341,8 +341,13 @@ def sdxl_refiner(folder: Path, seed: int = 0) -> Path:
 
 
 def png(seed: int, side: int = SIDE) -> bytes:
+    """A square of encoded noise."""
+    return noise(seed, side, side)
+
+
+def noise(seed: int, width: int, height: int) -> bytes:
     """Encoded noise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format="PNG")
     return out.getvalue()

@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from diffalign import rng
+from diffalign.data.buckets import BucketOrder, Size
 from diffalign.data.cache import CacheReader, CacheTable, EncodeImages, EncodePrompts, Share
-from diffalign.data.images import Preprocessing, decode, origin, place, to_square
+from diffalign.data.images import Preprocessing, decode, origin, place, to_size
 from diffalign.data.pairs import PairReader, Row
 from diffalign.errors import InputError
 from diffalign.rng import SampleRng
@@ -45,13 +46,16 @@ class Marks:
     """Labels of single images; True for pairs."""
     paired: bool
     """Rows are pairs, not single images."""
+    bucket: Int[Tensor, " n"] | None = None
+    """Which bucket's shape a row's images have; None for squares."""
 
     @property
     def both_labels(self) -> bool:
         return bool(len(self.good)) and (self.paired or bool(self.good.any() and not self.good.all()))
 
     def rows(self, index: Tensor) -> "Marks":
-        return Marks(score=self.score[index], good=self.good[index], paired=self.paired)
+        bucket = None if self.bucket is None else self.bucket[index]
+        return Marks(score=self.score[index], good=self.good[index], paired=self.paired, bucket=bucket)
 
 
 @runtime_checkable
@@ -94,7 +98,8 @@ class CachedRows:
         self.rows = rows
         self.seed = seed
         paired = bool((table.rejected[rows] >= 0).all())
-        self.marks = Marks(score=table.score[rows], good=table.good[rows], paired=paired)
+        bucket = None if table.bucket is None else table.bucket[rows, 0]
+        self.marks = Marks(score=table.score[rows], good=table.good[rows], paired=paired, bucket=bucket)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -103,15 +108,22 @@ class CachedRows:
         self, rows: Sequence[int], samples: Sequence[int], member: Member
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
         where = self.table.chosen if member == "w" else self.table.rejected
-        return self.reader.moments(
-            torch.stack([self._place(where[self.rows[r]], s) for r, s in zip(rows, samples, strict=True)])
-        )
+        places = torch.stack([self._place(where[self.rows[r]], s) for r, s in zip(rows, samples, strict=True)])
+        return self.reader.moments(places, self._size(rows))
 
     def origin(self, rows: Sequence[int], samples: Sequence[int]) -> Int[Tensor, "b 4"]:
         if self.table.origin is None:
             raise ValueError("the cache must hold sizes to give them, got one that was built without")
         found = [self.table.origin[self.rows[r]] for r in rows]
         return torch.stack([self._place(places, s) for places, s in zip(found, samples, strict=True)])
+
+    def _size(self, rows: Sequence[int]) -> str:
+        if self.marks.bucket is None:
+            return ""
+        found = self.marks.bucket[torch.tensor(rows)].unique().tolist()
+        if len(found) != 1:
+            raise ValueError(f"rows of a batch must have one bucket, got {len(found)}")
+        return self.table.sizes[found[0]]
 
     def _place(self, places: Int[Tensor, "k n"], sample: int) -> Int[Tensor, " n"]:
         if len(places) == 1:
@@ -162,10 +174,14 @@ class LiveRows:
         return mean, std
 
     def origin(self, rows: Sequence[int], samples: Sequence[int]) -> Int[Tensor, "b 4"]:
-        found = [(self._row(r), s) for r, s in zip(rows, samples, strict=True)]
+        found = [(self._row(r), self._size(r), s) for r, s in zip(rows, samples, strict=True)]
         return torch.tensor(
-            [origin(row.chosen, self.prep, place(self.prep, self.seed, row.number, s)) for row, s in found]
+            [origin(row.chosen, size, place(self.prep, self.seed, row.number, s)) for row, size, s in found]
         )
+
+    def _size(self, row: int) -> Size:
+        bucket = None if self.marks is None else self.marks.bucket
+        return self.prep.size(None if bucket is None else int(bucket[row]))
 
     def _pixels(self, row: int, sample: int, member: Member) -> Float[Tensor, "3 h w"]:
         found = self._row(row)
@@ -173,7 +189,7 @@ class LiveRows:
         if data is None:
             raise ValueError(f"row {found.number} must have a rejected image, got none")
         try:
-            return to_square(decode(data), self.prep, place(self.prep, self.seed, found.number, sample))
+            return to_size(decode(data), self._size(row), place(self.prep, self.seed, found.number, sample))
         except OSError as error:
             raise InputError(f"data.path must have readable images, got row {found.number}: {error}") from error
 
@@ -211,6 +227,8 @@ class Collator:
     epoch."""
     sizes: bool = False
     """Conditions say how large the winner was as stored and where it was cropped, for the loser too, as `origin`."""
+    group: int = 1
+    """Samples of an optimizer step over all processes; with buckets they share one."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_dropout <= 1:
@@ -221,11 +239,26 @@ class Collator:
         return len(self.rows) * (2 if self._halves else 1)
 
     @property
-    def order(self) -> "Order | Drawn":
+    def order(self) -> "Turn":
         """Which item each sample of the stream is."""
-        if self.positive_ratio is None:
-            return Order(len(self), self.seed)
-        return Drawn(self.good, self.positive_ratio, self.seed)
+        if self.positive_ratio is not None:
+            return Drawn(self.good, self.positive_ratio, self.seed)
+        bucket = self.bucket
+        return Order(len(self), self.seed) if bucket is None else BucketOrder(bucket, self.group, self.seed)
+
+    @property
+    def bucket(self) -> Int[Tensor, " n"] | None:
+        """Which bucket's shape each item has; None for squares."""
+        bucket = None if self.rows.marks is None else self.rows.marks.bucket
+        return bucket if bucket is None or not self._halves else bucket.repeat_interleave(2)
+
+    @property
+    def alike(self) -> list[list[int]]:
+        """All items, in order within a bucket: those that may share a batch are together."""
+        bucket = self.bucket
+        if bucket is None:
+            return [list(range(len(self)))]
+        return [(bucket == one).nonzero().flatten().tolist() for one in bucket.unique().tolist()]
 
     @property
     def good(self) -> Bool[Tensor, " n"]:

@@ -2,8 +2,8 @@
 
 A shard holds the rows of one stretch of the source: VAE moments (mean and std, so that a step can sample afresh) of
 every distinct image, which two images a row compares, and its prompt. Text shards hold the conditions of the distinct
-prompts, "" first. Shards are written beside and renamed; what is whole is never computed again, so a killed build
-goes on.
+prompts, "" first. Moments of several buckets lie apart, by size. Shards are written beside and renamed; what is whole
+is never computed again, so a killed build goes on.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.checkpoint import write_atomic
-from diffalign.data.images import Preprocessing, decode, origin, place, to_square
+from diffalign.data.buckets import Size, name_of
+from diffalign.data.images import Preprocessing, decode, origin, place, to_size
 from diffalign.data.pairs import Counts, Dropped, PairReader, Row
 from diffalign.errors import InputError
 from diffalign.types import Cond
@@ -138,6 +140,10 @@ class CacheTable:
     counts: Counts
     origin: Int[Tensor, "n v 4"] | None = None
     """Height, width, upper and left edge of the crop of every variant of the winner, where they were asked for."""
+    bucket: Int[Tensor, "n 2"] | None = None
+    """Buckets of winner and loser as they are alone, where there are buckets; both have the winner's. -1: no loser."""
+    sizes: tuple[str, ...] = ()
+    """Buckets by name."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -150,8 +156,9 @@ def read_table(folder: Path) -> CacheTable:
         InputError: There are no shards, since the source has no rows.
     """
     columns: dict[str, list[Tensor]] = {name: [] for name in ("chosen", "rejected", "number", "score", "good")}
-    origins: list[Tensor] = []
+    optional: dict[str, list[Tensor]] = {"origin": [], "bucket": []}
     prompt = []
+    sizes: tuple[str, ...] = ()
     prompts: dict[str, int] = {"": 0}
     counts = Counts()
     for file in sorted(folder.glob("rows-*.safetensors")):
@@ -159,8 +166,10 @@ def read_table(folder: Path) -> CacheTable:
         with safe_open(file, framework="pt") as content:
             for name, parts in columns.items():
                 parts.append(content.get_tensor(name))
-            if "origin" in content.keys():
-                origins.append(content.get_tensor("origin"))
+            for name, parts in optional.items():
+                if name in content.keys():
+                    parts.append(content.get_tensor(name))
+        sizes = tuple(meta.get("buckets", ()))
         prompt += [prompts.setdefault(text, len(prompts)) for text in meta["prompts"]]
     if not columns["chosen"]:
         counts.check("data.path", final=True)
@@ -169,7 +178,8 @@ def read_table(folder: Path) -> CacheTable:
         prompt=torch.tensor(prompt, dtype=torch.long),
         prompts=list(prompts),
         counts=counts,
-        origin=torch.cat(origins) if origins else None,
+        **{name: torch.cat(parts) for name, parts in optional.items() if parts},
+        sizes=sizes,
     )
 
 
@@ -185,13 +195,17 @@ class CacheReader:
         self.folder = folder
         self._files: dict[str, Any] = {}
 
-    def moments(self, place: Int[Tensor, "b 2"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-        """Mean and std of images at (shard, place in shard), float32."""
+    def moments(
+        self, place: Int[Tensor, "b 2"], size: str = ""
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        """Mean and std of images at (shard, place among its images of this size), float32; "" is without buckets."""
         slices = [self._open(f"rows-{shard:05d}") for shard, _ in place.tolist()]
         rows = [row for _, row in place.tolist()]
-        mean = torch.stack([f.get_slice("mean")[r] for f, r in zip(slices, rows, strict=True)])
-        std = torch.stack([f.get_slice("std")[r] for f, r in zip(slices, rows, strict=True)])
-        return mean.float(), std.float()
+        mean, std = (
+            torch.stack([f.get_slice(name)[r] for f, r in zip(slices, rows, strict=True)]).float()
+            for name in (_tensor("mean", size), _tensor("std", size))
+        )
+        return mean, std
 
     def cond(self, prompt: Int[Tensor, " b"]) -> Cond:
         """Conditions of prompts by their place in the table."""
@@ -214,7 +228,7 @@ class _Shard:
         self.prep = prep
         self.seed = seed
         self.seen = seen
-        self.pixels: list[Tensor] = []
+        self.pixels: dict[str, list[Tensor]] = {} if prep.buckets else {"": []}
         self.digests: list[str] = []
         self.chosen: list[list[tuple[int, int]]] = []
         self.rejected: list[list[tuple[int, int]]] = []
@@ -223,14 +237,17 @@ class _Shard:
         self.scores: list[tuple[float, float]] = []
         self.good: list[bool] = []
         self.origin: list[list[tuple[int, int, int, int]]] = []
+        self.bucket: list[tuple[int, int]] = []
         self.counts = Counts()
-        self.mean = self.std = torch.empty(0)
+        self.moments: dict[str, Tensor] = {}
 
     def take(self, row: Row | Dropped) -> Row | Dropped:
         """Adds a row; a row with an unreadable image comes back as dropped."""
         if isinstance(row, Row):
             try:
-                pair = [self._variants(data, row) for data in (row.chosen, row.rejected) if data is not None]
+                own = self._buckets(row)
+                size = self.prep.size(own[0][0] if own else None)
+                pair = [self._variants(data, row, size) for data in (row.chosen, row.rejected) if data is not None]
             except OSError as error:
                 row = Dropped(row.number, "broken", " ".join(str(error).split()))
             else:
@@ -240,21 +257,22 @@ class _Shard:
                 self.numbers.append(row.number)
                 self.scores.append(scores_of(row))
                 self.good.append(row.good)
+                self.bucket += own
                 if self.prep.sizes:
-                    self.origin.append(self._origins(row))
+                    self.origin.append(self._origins(row, size))
         self.counts.add(row)
         return row
 
     def encode(self, encode: EncodeImages, batch_size: int) -> None:
-        parts = [encode(torch.stack(self.pixels[i : i + batch_size])) for i in range(0, len(self.pixels), batch_size)]
-        if parts:
-            self.mean = torch.cat([mean.cpu() for mean, _ in parts])
-            self.std = torch.cat([std.cpu() for _, std in parts])
+        for size, pixels in self.pixels.items():
+            parts = [encode(torch.stack(pixels[i : i + batch_size])) for i in range(0, len(pixels), batch_size)]
+            for i, name in enumerate(("mean", "std")):
+                found = [part[i].cpu() for part in parts]
+                self.moments[_tensor(name, size)] = torch.cat(found) if found else torch.empty(0)
 
     def save(self, file: Path, dtype: torch.dtype) -> None:
         tensors = {
-            "mean": self.mean.to(dtype),
-            "std": self.std.to(dtype),
+            **{name: moments.to(dtype) for name, moments in self.moments.items()},
             "chosen": torch.tensor(self.chosen, dtype=torch.long).reshape(-1, self.prep.variants, 2),
             "rejected": torch.tensor(self.rejected, dtype=torch.long).reshape(-1, self.prep.variants, 2),
             "number": torch.tensor(self.numbers, dtype=torch.long),
@@ -263,35 +281,55 @@ class _Shard:
         }
         if self.prep.sizes:
             tensors["origin"] = torch.tensor(self.origin, dtype=torch.long).reshape(-1, self.prep.variants, 4)
+        names: dict[str, Any] = {}
+        if self.prep.buckets:
+            tensors["bucket"] = torch.tensor(self.bucket, dtype=torch.long).reshape(-1, 2)
+            names["buckets"] = self.prep.names
         counts = {"rows": self.counts.rows, "dropped": self.counts.dropped, "broken": self.counts.broken}
-        save_shard(file, tensors, {"prompts": self.prompts, "digests": self.digests, "counts": counts})
+        save_shard(file, tensors, {"prompts": self.prompts, "digests": self.digests, "counts": counts, **names})
 
-    def _variants(self, data: bytes, row: Row) -> list[tuple[int, int]]:
+    def _buckets(self, row: Row) -> list[tuple[int, int]]:
+        """Buckets of winner and loser as they are alone; nothing without buckets."""
+        if not self.prep.buckets:
+            return []
+        return [(self.prep.bucket_of(row.chosen), -1 if row.rejected is None else self.prep.bucket_of(row.rejected))]
+
+    def _variants(self, data: bytes, row: Row, size: Size) -> list[tuple[int, int]]:
         image = None
         places = []
+        name = name_of(size) if self.prep.buckets else ""
+        pixels = self.pixels.setdefault(name, [])
         for variant in range(self.prep.variants):
             placement = place(self.prep, self.seed, row.number, variant)
-            digest = hashlib.sha256(data + repr(placement).encode()).hexdigest()[:32]
+            digest = hashlib.sha256(data + repr(placement).encode()).hexdigest()[:32] + (name and f"@{name}")
             if digest not in self.seen:
                 image = image or decode(data)
-                self.seen[digest] = (self.number, len(self.pixels))
-                self.pixels.append(to_square(image, self.prep, placement))
+                self.seen[digest] = (self.number, len(pixels))
+                pixels.append(to_size(image, size, placement))
                 self.digests.append(digest)
             places.append(self.seen[digest])
         return places
 
-    def _origins(self, row: Row) -> list[tuple[int, int, int, int]]:
+    def _origins(self, row: Row, size: Size) -> list[tuple[int, int, int, int]]:
         variants = range(self.prep.variants)
-        return [origin(row.chosen, self.prep, place(self.prep, self.seed, row.number, v)) for v in variants]
+        return [origin(row.chosen, size, place(self.prep, self.seed, row.number, v)) for v in variants]
 
 
 def _known_images(folder: Path) -> dict[str, tuple[int, int]]:
     known: dict[str, tuple[int, int]] = {}
     for file in sorted(folder.glob("rows-*.safetensors")):
         number = int(file.stem.split("-")[1])
-        for place_in_shard, digest in enumerate(_meta(file)["digests"]):
-            known[digest] = (number, place_in_shard)
+        places: Counter[str] = Counter()
+        for digest in _meta(file)["digests"]:
+            size = digest.partition("@")[2]
+            known[digest] = (number, places[size])
+            places[size] += 1
     return known
+
+
+def _tensor(name: str, size: str) -> str:
+    """What the moments of images of a size are called in a shard."""
+    return f"{name}/{size}" if size else name
 
 
 def _meta(file: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffalign.data.buckets import Size, nearest
 from diffalign.data.images import decode
 from diffalign.data.pairs import Counts, Dropped, PairReader, Row
 from diffalign.progress import bar
@@ -35,17 +36,23 @@ class Check:
     """Score of the winner minus score of the loser, of every row that has both."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Number of images by (width, height)."""
+    buckets: tuple[Size, ...] = ()
+    """Those that were asked for."""
+    filled: Counter[int] = field(default_factory=Counter)
+    """Number of rows by the place of their bucket."""
+    cropped: int = 0
+    """Pairs whose loser's own bucket is another, so that it is cropped to its winner's."""
 
 
-def check(reader: PairReader) -> Check:
-    """Reads and decodes every row."""
-    found = Check(layout=reader.layout, columns=reader.columns)
+def check(reader: PairReader, buckets: tuple[Size, ...] = ()) -> Check:
+    """Reads and decodes every row, and says which of the `buckets` it is in."""
+    found = Check(layout=reader.layout, columns=reader.columns, buckets=buckets)
     prompts: set[str] = set()
     images: set[bytes] = set()
     pairs: set[bytes] = set()
     with bar("reading rows", None if reader.source.streaming else len(reader)) as shown:
         for number, record in reader.records():
-            row = _decoded(reader.row(number, record), found.sizes)
+            row = _decoded(reader.row(number, record), found)
             found.counts.add(row)
             _balance(reader, record, found)
             if isinstance(row, Row):
@@ -74,15 +81,21 @@ def hub_size(path: str, split: str) -> tuple[int | None, int | None]:
     return info.download_size, rows
 
 
-def _decoded(row: Row | Dropped, sizes: Counter[tuple[int, int]]) -> Row | Dropped:
+def _decoded(row: Row | Dropped, found: Check) -> Row | Dropped:
     if isinstance(row, Dropped):
         return row
+    sizes: list[Size] = []
     try:
         for data in (row.chosen, row.rejected):
             if data is not None:
-                sizes[decode(data).size] += 1
+                sizes.append(decode(data).size)
+                found.sizes[sizes[-1]] += 1
     except OSError as error:
         return Dropped(row.number, "broken", " ".join(str(error).split()))
+    if found.buckets:
+        own = [nearest(size, found.buckets) for size in sizes]
+        found.filled[own[0]] += 1
+        found.cropped += own[-1] != own[0]
     return row
 
 

@@ -1,4 +1,4 @@
-"""Encoded images to tensors in [-1, 1]: resize, crop and flip, the same for both members of a pair."""
+"""Encoded images to tensors in [-1, 1]: resize, crop and flip, to one size for both members of a pair."""
 
 import io
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign import rng
+from diffalign.data.buckets import Size, name_of, nearest
 from diffalign.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How images become squares of the model's size."""
+    """How images become squares of the model's size, or get the shape of a bucket."""
 
     resolution: int
     """Side of the square, in pixels."""
@@ -28,6 +29,8 @@ class Preprocessing:
     """Random variants of each pair that are kept in the cache; 1 without random crop or flip."""
     sizes: bool = False
     """Rows also say how large an image was and where it was cropped."""
+    buckets: tuple[Size, ...] = ()
+    """Sizes that images are fitted to, each to the one of the nearest aspect ratio; none makes squares."""
 
     def __post_init__(self) -> None:
         random = self.flip or self.crop == "random"
@@ -35,6 +38,23 @@ class Preprocessing:
             raise InputError(
                 f"data.variants must be 1 without random crop or flip, got {self.variants}; all variants would be equal"
             )
+
+    @property
+    def names(self) -> list[str]:
+        """The buckets as they are written."""
+        return [name_of(size) for size in self.buckets]
+
+    def size(self, bucket: int | None) -> Size:
+        """Width and height of the images of a bucket."""
+        return (self.resolution, self.resolution) if bucket is None else self.buckets[bucket]
+
+    def bucket_of(self, data: bytes) -> int:
+        """The bucket of an encoded image.
+
+        Raises:
+            OSError: The bytes are not an image.
+        """
+        return nearest(stored_size(data), self.buckets)
 
 
 @dataclass(frozen=True)
@@ -66,40 +86,47 @@ def decode(data: bytes) -> Image.Image:
         raise OSError(f"unreadable image: {error}") from error
 
 
-def to_square(image: Image.Image, prep: Preprocessing, placement: Placement) -> Float[Tensor, "3 r r"]:
-    """Bilinear resize of the shorter side to the resolution, crop, mirror, scale to [-1, 1]."""
-    side = prep.resolution
-    size, left, top = _crop(image.size, prep, placement)
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    image = image.crop((left, top, left + side, top + side))
+def to_size(image: Image.Image, size: Size, placement: Placement) -> Float[Tensor, "3 height width"]:
+    """Bilinear resize to just cover the size, crop, mirror, scale to [-1, 1]."""
+    whole, left, top = _crop(image.size, size, placement)
+    if image.size != whole:
+        image = image.resize(whole, Image.Resampling.BILINEAR)
+    image = image.crop((left, top, left + size[0], top + size[1]))
     if placement.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _crop(whole: tuple[int, int], prep: Preprocessing, placement: Placement) -> tuple[tuple[int, int], int, int]:
-    """Width and height after resizing, and the left and upper edge of the square in that."""
-    side, (width, height) = prep.resolution, whole
-    scale = side / min(width, height)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    return size, round((size[0] - side) * placement.x), round((size[1] - side) * placement.y)
+def _crop(stored: Size, size: Size, placement: Placement) -> tuple[Size, int, int]:
+    """Width and height after resizing, and the left and upper edge of the crop in that."""
+    scale = max(wanted / side for wanted, side in zip(size, stored, strict=True))
+    width, height = (max(wanted, round(side * scale)) for wanted, side in zip(size, stored, strict=True))
+    return (width, height), round((width - size[0]) * placement.x), round((height - size[1]) * placement.y)
 
 
-def origin(data: bytes, prep: Preprocessing, placement: Placement) -> tuple[int, int, int, int]:
-    """Height and width of a stored image, and the upper and left edge of its square after resizing.
-
-    The left edge of a mirrored square is counted in the mirrored image.
+def stored_size(data: bytes) -> Size:
+    """Width and height of an encoded image, which is not decoded.
 
     Raises:
         OSError: The bytes are not an image.
     """
     try:
-        width, height = Image.open(io.BytesIO(data)).size
+        return Image.open(io.BytesIO(data)).size
     except (SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"unreadable image: {error}") from error
-    size, left, top = _crop((width, height), prep, placement)
-    return height, width, top, size[0] - prep.resolution - left if placement.mirrored else left
+
+
+def origin(data: bytes, size: Size, placement: Placement) -> tuple[int, int, int, int]:
+    """Height and width of a stored image, and the upper and left edge of its crop to a size after resizing.
+
+    The left edge of a mirrored crop is counted in the mirrored image.
+
+    Raises:
+        OSError: The bytes are not an image.
+    """
+    width, height = stored_size(data)
+    whole, left, top = _crop((width, height), size, placement)
+    return height, width, top, whole[0] - size[0] - left if placement.mirrored else left
 
 
 def to_tensor(image: Image.Image | str | Path | bytes) -> Float[Tensor, "3 h w"]:

@@ -69,6 +69,10 @@ class Counts:
     dropped: dict[str, int] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     """Where and why, for the first broken rows."""
+    cropped: int = 0
+    """Pairs whose loser's own bucket is another than its winner's, to whose shape it is cropped."""
+    buckets: dict[str, int] = field(default_factory=dict)
+    """Items to train on by bucket, where there are buckets."""
 
     def add(self, row: Row | Dropped) -> None:
         self.rows += 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from diffalign.checkpoint import write_atomic
@@ -138,6 +138,7 @@ def content_key(
         **{name: load_net_config(source, family)[name] for name in family.text_depends_on},
         **({"empty_prompt": "zeros"} if zeros else {}),
         **({"sizes": "original"} if prep.sizes else {}),
+        **({"buckets": prep.names} if prep.buckets else {}),
         "dtype": dtype,
     }
 
@@ -249,6 +250,8 @@ def split_cached(
     fit = table.score.isfinite().all(1) if scored else torch.ones(len(table), dtype=torch.bool)
     table.counts.drop_kept("unscored", int((~fit).sum()))
     table.counts.check("data.path", final=True)
+    if table.bucket is not None:
+        table.counts.cropped = _cropped(table.bucket[fit])
     reader = CacheReader(folder)
     train = CachedRows(reader, table, (fit & ~held).nonzero().flatten(), seed)
     if fraction == 0:
@@ -274,9 +277,12 @@ def split_live(
     held: list[bool] = []
     scores: list[tuple[float, float]] = []
     good: list[bool] = []
+    buckets: list[tuple[int, int]] = []
     for row in reader.rows():
         if isinstance(row, Row) and scored and not row.scored:
             row = Dropped(row.number, "unscored")
+        if isinstance(row, Row) and prep.buckets:
+            row = _bucketed(row, prep, buckets)
         counts.add(row)
         if isinstance(row, Row):
             numbers.append(row.number)
@@ -284,7 +290,14 @@ def split_live(
             scores.append(cache.scores_of(row))
             good.append(row.good)
     counts.check("data.path", final=True)
-    marks = Marks(score=torch.tensor(scores, dtype=torch.float32), good=torch.tensor(good), paired=reader.paired)
+    bucket = torch.tensor(buckets, dtype=torch.long).reshape(-1, 2)
+    counts.cropped = _cropped(bucket)
+    marks = Marks(
+        score=torch.tensor(scores, dtype=torch.float32),
+        good=torch.tensor(good),
+        paired=reader.paired,
+        bucket=bucket[:, 0] if prep.buckets else None,
+    )
 
     def rows(places: Tensor) -> LiveRows:
         chosen = [numbers[i] for i in places.tolist()]
@@ -296,6 +309,21 @@ def split_live(
     if fraction == 0:
         return train, None, counts
     return *_checked(train, rows(apart.nonzero().flatten()[:limit]), fraction), counts
+
+
+def _bucketed(row: Row, prep: Preprocessing, buckets: list[tuple[int, int]]) -> Row | Dropped:
+    """Adds the buckets of winner and loser; a row whose images have no size comes back as dropped."""
+    try:
+        loser = -1 if row.rejected is None else prep.bucket_of(row.rejected)
+        buckets.append((prep.bucket_of(row.chosen), loser))
+    except OSError as error:
+        return Dropped(row.number, "broken", " ".join(str(error).split()))
+    return row
+
+
+def _cropped(bucket: Int[Tensor, "n 2"]) -> int:
+    """Losers whose own bucket is not their winner's."""
+    return int(((bucket[:, 1] >= 0) & (bucket[:, 1] != bucket[:, 0])).sum())
 
 
 def _checked(train: Rows, held: Rows, fraction: float) -> tuple[Rows, Rows]:

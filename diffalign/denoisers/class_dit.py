@@ -136,6 +136,7 @@ DIT = Family(
     load_lora=load_peft,
     lora_recipe=RECIPE,
     patch=2,
+    square=True,
     own_loop=own_loop,
     steps=50,
     guidance=4.0,

@@ -178,6 +178,8 @@ class Family:
     """Its pipelines put zeros in place of an empty negative prompt, so zeros may stand for a dropped prompt too."""
     told_sizes: bool = False
     """Its network is told an image's original size and crop."""
+    square: bool = False
+    """Its network takes square latents alone."""
     told_guidance: bool = False
     """Its network may have a guidance embedding."""
     steps: int
