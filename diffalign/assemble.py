@@ -1,8 +1,9 @@
 """The parts of a run, built from its config: a flat list of constructor calls."""
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,15 @@ import torch
 
 from diffalign import attention, environment
 from diffalign import checkpoint as disk
-from diffalign.checks import REFERENCE_DECAY, buckets_of, check_batch, context_of, method_name, reference_kind
+from diffalign.checks import (
+    REFERENCE_DECAY,
+    buckets_of,
+    check_batch,
+    check_shard,
+    context_of,
+    method_name,
+    reference_kind,
+)
 from diffalign.config import dump
 from diffalign.data.batches import Collator, Rows
 from diffalign.data.buckets import check_filled
@@ -30,13 +39,14 @@ from diffalign.denoisers import Context, Family
 from diffalign.errors import InputError
 from diffalign.guard.parts import GuardParts, Standing, make_guard
 from diffalign.models.load import detect_family
-from diffalign.models.policy import Reference, cast_frozen, load_policy, make_reference
+from diffalign.models.policy import Reference, cast_frozen, load_policy, make_reference, share_out
 from diffalign.models.save import trainable
 from diffalign.online.parts import OnlineParts, make_online
 from diffalign.online.settings import OnlineSettings
 from diffalign.online_checks import check_work
 from diffalign.run_folder import find_checkpoint
 from diffalign.settings import TrainConfig
+from diffalign.sharding import cut_optimizer, local, mesh_of, rows_of
 from diffalign.strict import to_toml
 from diffalign.types import Needs, ReferenceKind, RunningMean
 
@@ -98,6 +108,7 @@ def assemble(cfg: TrainConfig) -> Parts:
     """
     accelerator = make_accelerator(cfg)
     share = Share(accelerator.process_index, accelerator.num_processes)
+    check_shard(cfg, share.of)
     family = detect_family(cfg.model)
     folder = Path(cfg.output)
     resumed = find_checkpoint(folder, cfg)
@@ -114,10 +125,16 @@ def assemble(cfg: TrainConfig) -> Parts:
     kernel = pick_attention(policy.net, cfg, accelerator)
     net = place_net(policy.net, cfg, accelerator, adapted=adapted)
     kind = reference_kind(cfg)
-    reference = None if kind == "none" else make_reference(policy, adapted=adapted, moves=kind in ("ema", "pool"))
+    moves, lent = kind in ("ema", "pool"), cfg.train.shard
+    reference = None if kind == "none" else make_reference(policy, adapted=adapted, moves=moves, lent=lent)
     online = None if cfg.online is None else make_rounds(cfg, cfg.online, family, policy, told, accelerator, share)
+    if cfg.train.shard:
+        mesh = mesh_of(accelerator.device, share.of)
+        dtype = torch.bfloat16 if cfg.train.precision == "bf16" else None
+        reference = share_out(net, reference, mesh, blocks=family.blocks, dtype=dtype)
     parameters = trainable(net)
-    prepared, optimizer = accelerator.prepare(net, make_optimizer(cfg, list(parameters.values())))
+    made = make_optimizer(cfg, list(parameters.values()))
+    prepared, optimizer = (net, accelerator.prepare(made)) if cfg.train.shard else accelerator.prepare(net, made)
     ema = make_ema(cfg, parameters)
 
     parts = Parts(
@@ -199,13 +216,19 @@ def make_accelerator(cfg: TrainConfig) -> Any:
     """Device, precision and processes, by accelerate.
 
     Raises:
-        InputError: A GPU that is not there, or fp16 without one.
+        InputError: A GPU that is not there, fp16 without one, or a launcher with a way of sharding of its own.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
         raise InputError("config.train.device must be a device of this machine, got 'cuda' and no GPU is there")
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise InputError(
+                f"accelerate launch must be told no plugin, got {name}; train.shard = true shares weights out under "
+                "any launcher"
+            )
     AcceleratorState._reset_state()  # a second run in one process may have another precision
     accelerator = Accelerator(
         mixed_precision=cfg.train.precision if cfg.train.precision != "fp16" or torch.cuda.is_available() else "no",
@@ -305,7 +328,8 @@ def place_net(net: Any, cfg: TrainConfig, accelerator: Any, *, adapted: bool) ->
         cast_frozen(net, {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.train.precision])
     if cfg.train.gradient_checkpointing:
         net.enable_gradient_checkpointing()
-    net.to(accelerator.device)
+    if not cfg.train.shard:  # which has no room for it there, and moves it block by block
+        net.to(accelerator.device)
     if cfg.train.channels_last:
         net.to(memory_format=torch.channels_last)
     if cfg.train.compile:
@@ -330,7 +354,7 @@ def make_ema(cfg: TrainConfig, parameters: Mapping[str, torch.nn.Parameter]) -> 
         return None
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(list(parameters.values()), decay=cfg.train.ema_decay, foreach=True)
+    return EMAModel(local(parameters.values()), decay=cfg.train.ema_decay, foreach=True)
 
 
 def restore(parts: Parts, folder: Path) -> Parts:
@@ -341,9 +365,9 @@ def restore(parts: Parts, folder: Path) -> Parts:
             f"config.train.steps must be at least the checkpoint's {found.step}, got {parts.cfg.train.steps}"
         )
     disk.restore_(parts.parameters, found.weights)
-    parts.optimizer.load_state_dict(found.optimizer)
+    parts.optimizer.load_state_dict(cut_optimizer(found.optimizer, list(parts.parameters.values())))
     if parts.ema is not None and found.ema is not None:
-        shadow = [found.ema[name].to(p.device) for name, p in parts.parameters.items()]
+        shadow = local(rows_of(found.ema[name], p) for name, p in parts.parameters.items())
         parts.ema.load_state_dict({**parts.ema.state_dict(), "shadow_params": shadow, "optimization_step": found.step})
     if parts.reference is not None and found.reference is not None:
         disk.restore_(parts.reference.parameters, found.reference)
@@ -373,24 +397,3 @@ def check_prompts(cfg: TrainConfig, rows: Rows) -> None:
             f"data.path must have prompts for method {method_name(cfg.method)!r}, which samples an image for each; got "
             f"{len(rows)} rows, all with blank ones"
         )
-
-
-def state_of(parts: Parts, step: int, metrics_offset: int, rewards: RunningMean) -> disk.Checkpoint:
-    """Everything that `restore` needs."""
-    moves = parts.reference is not None and reference_kind(parts.cfg) == "ema"
-    scaler = parts.accelerator.scaler
-    ema = parts.ema
-    return disk.Checkpoint(
-        step=step,
-        weights=dict(parts.parameters),
-        optimizer=parts.optimizer.state_dict(),
-        ema=None if ema is None else dict(zip(parts.parameters, ema.shadow_params, strict=True)),
-        reference=dict(parts.reference.parameters) if moves and parts.reference is not None else None,
-        state={
-            "metrics_offset": metrics_offset,
-            "best": asdict(parts.best),
-            "guard": None if parts.guard is None else asdict(parts.guard.standing),
-            "rewards": rewards.numbers(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-        },
-    )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffalign.errors import RunError
 from diffalign.models.save import replacing
+from diffalign.sharding import rows_of
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -154,4 +155,4 @@ def restore_(parameters: dict[str, torch.nn.Parameter], weights: dict[str, Tenso
     """Copies weights into parameters of the same names, in place."""
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(rows_of(weights[name], parameter))

@@ -33,6 +33,7 @@ def check(config: TrainConfig) -> None:
     _check_guard(config)
     _check_fixed_draws(config)
     _check_buckets(config)
+    _check_shard(config)
     _check_ranges(config)
     _check_sections(config)
 
@@ -172,6 +173,42 @@ def _check_buckets(config: TrainConfig) -> None:
         if taken:
             got = "true" if data.buckets is True else list(data.buckets)
             raise InputError(f"config.data.buckets must be false with {key}, {why}; got {got}")
+
+
+def _check_shard(config: TrainConfig) -> None:
+    """Processes gather sharded weights together, so each must run its networks whole and as often as the others."""
+    t, needs, name = config.train, config.method.needs, method_name(config.method)
+    if not t.shard:
+        return
+    must = "config.train.shard must be false with"
+    if t.trainable != "full":
+        raise InputError(f'{must} train.trainable = "lora", whose gradients and optimizer states are small; got true')
+    plain = needs.errors is not None or needs.references == ("none",)
+    if needs.data == "prompts" or needs.replay is not None or not plain:
+        raise InputError(
+            f"{must} method {name!r}, which asks more of its networks than one whole forward pass of each a batch; "
+            "got true"
+        )
+    for there, what, why in (
+        (t.precision == "fp16", 'train.precision = "fp16"', "whose gradient scaling is for whole gradients"),
+        (config.optimizer.name == "adamw8bit", 'optimizer.name = "adamw8bit"', "whose states are of whole tensors"),
+        (t.compile, "train.compile", "which is not known to go together"),
+        (t.channels_last, "train.channels_last", "whose weights do not lie in rows"),
+        (t.fixed_draws is not None, "train.fixed_draws", "whose errors each process computes by itself"),
+        (config.samples is not None, "[samples]", "which the main process makes by itself"),
+        (config.guard is not None, "[guard]", "whose images each process makes by itself"),
+    ):
+        if there:
+            raise InputError(f"{must} {what}, {why}; got true")
+
+
+def check_shard(config: TrainConfig, processes: int) -> None:
+    """Raises InputError where there is nobody to share weights with."""
+    if config.train.shard and processes < 2:
+        raise InputError(
+            f"config.train.shard must be false on {processes} process, which has nobody to share with, got true; start "
+            "several with accelerate launch or torchrun"
+        )
 
 
 def _check_ranges(config: TrainConfig) -> None:

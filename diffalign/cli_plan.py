@@ -21,6 +21,7 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
     memory: Annotated[str | None, typer.Option(help="Of the GPU that is planned for, such as 24GB.")] = None,
     timed: Annotated[bool, typer.Option("--measure", help="Time a step on the device, with random weights.")] = False,
+    processes: Annotated[int | None, typer.Option(help="How many the run will have, where they share weights.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan to a .json file.")] = None,
 ) -> None:
     """Say what a run will cost, whether it fits, and what would make it fit."""
@@ -31,8 +32,11 @@ def plan(
 
     if json_file is not None and json_file.suffix != ".json":
         raise InputError(f"--json must be a .json file, got {str(json_file)!r}")
+    if processes is not None and processes < 1:
+        raise InputError(f"--processes must be at least 1, got {processes}")
     cfg = load(config, overrides or [])
-    found = plan_run(cfg, memory=None if memory is None else parse_memory(memory), timed=timed)
+    size_there = None if memory is None else parse_memory(memory)
+    found = plan_run(cfg, memory=size_there, timed=timed, processes=processes)
     out.print(verdict(found), highlight=False)
     out.print(tables(found))
     if json_file is not None:
@@ -79,6 +83,8 @@ def _work(found: "Plan") -> list[tuple[str, str, str]]:
         ("work a step", tflop(flop.per_step), micro),
         ("work in all", tflop(flop.total), f"{found.steps} steps, a device"),
     ]
+    if found.shared_by > 1:
+        rows.insert(2, ("shared out over", str(found.shared_by), "processes: weights, gradients, states"))
     if found.measured is None:
         return [*rows, ("time", "not measured", "--measure times a step where the device is")]
     rows.append(("seconds a step", f"{found.seconds_a_step:.3g}", "measured, with random weights"))
@@ -99,8 +105,9 @@ def _memory(found: "Plan") -> list[tuple[str, str, str]]:
         ("VAE, text encoders", m.encoders, "data.cache = false"),
         ("saved activations", m.activations, "for the backward pass"),
         ("gradients", m.gradients, ""),
+        ("gathered weights", m.gathered, "of two blocks, and gradients of one"),
         ("reference forward", m.reference_forward, "before the policy's"),
-        ("most in a step", m.step, "the last three, and workspace, overlap"),
+        ("most in a step", m.step, "the last ones, and workspace, overlap"),
         ("while training", m.stays + m.step, "what stays, and most in a step"),
         ("building the cache", m.building_cache, "before training"),
         ("peak", m.peak, "of a device"),

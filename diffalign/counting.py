@@ -35,13 +35,17 @@ def fake_mode() -> AbstractContextManager[Any]:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def make_fake(net: nn.Module) -> nn.Module:
-    """Gives a network fake tensors for its own, in place; inside `fake_mode`. Weights that are shared stay shared."""
+def make_fake(net: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Gives a network fake tensors for its own, in place; inside `fake_mode`. Weights that are shared stay shared.
+
+    Args:
+        dtype: Type of the weights; None is the one that they have.
+    """
     fresh: dict[int, Tensor] = {}
     for module in net.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype)
                 made = fresh.setdefault(id(parameter), nn.Parameter(empty, requires_grad=parameter.requires_grad))
                 module._parameters[name] = made  # type: ignore[assignment]
         for name, buffer in module._buffers.items():
@@ -58,6 +62,24 @@ def size_of(tensors: Iterator[Tensor] | Sequence[Tensor]) -> int:
 def net_bytes(net: nn.Module) -> int:
     """Bytes of a network's weights and buffers."""
     return size_of([*net.parameters(), *net.buffers()])
+
+
+def run_sizes(net: nn.Module, second: nn.Module | None) -> dict[str, Any]:
+    """What a run's networks are as they are stored, in numbers and bytes, by the names that a rehearsal has for them.
+
+    Args:
+        second: A frozen copy of the network, where there is one.
+    """
+    weights = {name: p for name, p in net.named_parameters() if ".lora_" not in name}
+    trained = tuple(p.numel() for p in net.parameters() if p.requires_grad)
+    return {
+        "parameters": sum(p.numel() for p in weights.values()),
+        "trainable": sum(trained),
+        "weights": size_of([*weights.values(), *net.buffers()]),
+        "adapters": size_of([p for name, p in net.named_parameters() if ".lora_" in name]),
+        "second": 0 if second is None else net_bytes(second),
+        "trained": trained,
+    }
 
 
 def count_flop(work: Callable[[], Any]) -> int:
@@ -121,6 +143,16 @@ class Memory(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def drop_gradients(net: nn.Module) -> None:
+    """From now on the gradient of a weight is let go of as soon as it is there."""
+
+    def drop(weight: Tensor) -> None:
+        weight.grad = None
+
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(drop)
 
 
 @contextmanager

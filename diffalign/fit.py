@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffalign.errors import RunError
 from diffalign.rng import SampleRng
+from diffalign.sharding import whole
 from diffalign.types import ALONE, Batch, Denoiser, Method, RunningMean, Shared, StepLoss, alone
 
 MOST_UNREAD = 32
@@ -251,8 +252,8 @@ def _backward(accelerator: Any, loss: Tensor) -> None:
 
 def _clip(accelerator: Any, parameters: list[Tensor], max_grad_norm: float) -> Tensor:
     if accelerator is None:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    return accelerator.clip_grad_norm_(parameters, max_grad_norm)
+        return whole(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    return whole(accelerator.clip_grad_norm_(parameters, max_grad_norm))
 
 
 def _check_finite(step: int, metrics: dict[str, float], batch: Batch, accelerator: Any) -> None:

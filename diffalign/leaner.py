@@ -9,13 +9,19 @@ from diffalign.models.lora import LoraSettings
 from diffalign.settings import TrainConfig
 
 
-def leaner(cfg: TrainConfig, *, gathered: bool = False) -> Iterator[tuple[tuple[str, ...], str, TrainConfig]]:
+def leaner(
+    cfg: TrainConfig, *, gathered: bool = False, processes: int = 1
+) -> Iterator[tuple[tuple[str, ...], str, TrainConfig]]:
     """Changes that a config allows, the cheapest first, each from `cfg`, or `gathered` on top of each other.
+
+    Args:
+        processes: How many the run has; several may share weights out.
 
     Yields:
         Keys as `diffalign train CONFIG` takes them, what the change costs, and the changed config.
     """
-    for name in ("encode", "checkpointing", "batch", "lora", "bf16", "8bit"):
+    shared = ("shard",) if processes > 1 else ()
+    for name in ("encode", "checkpointing", *shared, "batch", "lora", "bf16", "8bit"):
         for overrides, costs, changed in _change(name, cfg, last=gathered):
             try:
                 check(changed)
@@ -34,6 +40,8 @@ def _change(name: str, cfg: TrainConfig, *, last: bool) -> Iterator[tuple[tuple[
     elif name == "checkpointing" and not t.gradient_checkpointing:
         train = replace(t, gradient_checkpointing=True)
         yield ("train.gradient_checkpointing=true",), "a second forward pass", replace(cfg, train=train)
+    elif name == "shard" and t.trainable == "full" and not t.shard:
+        yield ("train.shard=true",), "more traffic between processes", replace(cfg, train=replace(t, shard=True))
     elif name == "batch":
         least = 2 if cfg.method.needs.batch_statistics else 1
         sizes = [n for n in range(t.batch_size - 1, least - 1, -1) if t.batch_size % n == 0]
@@ -42,7 +50,7 @@ def _change(name: str, cfg: TrainConfig, *, last: bool) -> Iterator[tuple[tuple[
             keys = (f"train.batch_size={size}", f"train.accumulate={more}")
             yield keys, "smaller batches, slower", replace(cfg, train=replace(t, batch_size=size, accumulate=more))
     elif name == "lora" and t.trainable == "full":
-        train = replace(t, trainable="lora")
+        train = replace(t, trainable="lora", shard=False)
         yield ('train.trainable="lora"',), "another model", replace(cfg, train=train, lora=LoraSettings())
     elif name == "bf16" and t.precision == "no":
         yield ('train.precision="bf16"',), "less exact margins", replace(cfg, train=replace(t, precision="bf16"))

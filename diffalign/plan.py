@@ -21,6 +21,7 @@ from diffalign.data.pairs import PairReader
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
 from diffalign.leaner import leaner
+from diffalign.memory import MemoryUse, memory_of, optimizer_bytes
 from diffalign.models.load import detect_family, load_scheduler_config, pipeline_index
 from diffalign.rehearsal import (
     Encoding,
@@ -29,7 +30,6 @@ from diffalign.rehearsal import (
     bare_net,
     encoding,
     measure,
-    need_device,
     rehearse,
 )
 from diffalign.settings import TrainConfig
@@ -41,50 +41,8 @@ CONTEXT = GIB // 2
 """What a GPU's driver and libraries take for themselves."""
 SPARE = 0.05
 """Share of a device that is left free: allocators leave gaps."""
-STATES_8BIT = 4096
-"""bitsandbytes keeps the states of tensors smaller than this in float32."""
-BLOCK_8BIT = 256
-"""Elements that share one float32 scale of an 8-bit state."""
 
 Device = Literal["cpu", "cuda"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryUse:
-    """Bytes on one device."""
-
-    weights: int
-    """Of the denoiser, in the type that they are stored in."""
-    adapters: int
-    second_network: int
-    """A frozen copy, as reference of a full fine-tuning."""
-    optimizer: int
-    ema: int
-    encoders: int
-    """VAE and text encoders, where there is no cache."""
-    activations: int
-    """Saved for the backward pass of one micro-batch."""
-    gradients: int
-    reference_forward: int
-    step: int
-    """Most at a time of activations, gradients and workspace, or of the reference's forward pass."""
-    building_cache: int
-    """All of the device while the cache is built; 0 without one."""
-
-    @property
-    def stays(self) -> int:
-        """What is there in every moment of training."""
-        return self.weights + self.adapters + self.second_network + self.optimizer + self.ema + self.encoders
-
-    @property
-    def workspace(self) -> int:
-        """What a step holds at its peak beyond its saved activations."""
-        return max(0, self.step - self.activations)
-
-    @property
-    def peak(self) -> int:
-        """Most bytes at a time."""
-        return max(self.stays + self.step, self.building_cache)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +99,8 @@ class Plan:
     """Per device and forward."""
     accumulate: int
     steps: int
+    shared_by: int
+    """Processes that a sharded run's weights are shared out over; 1 where each has all of them."""
     work: Evaluations
     rehearsal: Rehearsal
     encoding: Encoding
@@ -177,12 +137,13 @@ class Plan:
         return found | {"fits": self.fits, "seconds_a_step": self.seconds_a_step, "hours": self.hours}
 
 
-def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False) -> Plan:
+def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False, processes: int | None = None) -> Plan:
     """The plan of a run, and where it does not fit the cheapest change that would make it fit.
 
     Args:
         memory: Bytes of a GPU that is planned for; None takes this machine's device.
         timed: Take three real steps on random weights on the device.
+        processes: How many the run will have; None is as many as it was started in, or as there are GPUs here.
 
     Raises:
         InputError: The model's configs or the device to measure on are not there, or the method makes its own images.
@@ -193,8 +154,10 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False) ->
             "round (train.steps = online.updates) and read the seconds in metrics.jsonl"
         )
     device = planned_device(cfg, memory)
+    many = planned_processes(processes)
+    _check_shard(cfg, many, timed=timed)
     if timed:
-        need_device(cfg, device)
+        _need_device(cfg, device)
     family = _family(cfg)
     shell = bare_net(cfg, family)
     denoiser = family.make_denoiser(shell, load_scheduler_config(cfg.model), cfg.timesteps, context_of(cfg, family))
@@ -206,18 +169,22 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False) ->
     def of(config: TrainConfig) -> Plan:
         same = config.data.encode_batch_size == cfg.data.encode_batch_size
         own = inputs if same else encoding(config, family, pipeline_index(cfg.model, weights=False))
-        return _plan(config, family, own, work, device, available)
+        return _plan(config, family, own, work, device, available, many)
 
     first = of(cfg)
     if first.fits is False:
-        return replace(first, change=_cheapest(cfg, of))
+        return replace(first, change=_cheapest(cfg, of, many))
     return replace(first, measured=measure(cfg, family, inputs)) if timed else first
 
 
 def remedy(cfg: TrainConfig) -> str:
     """What to say when a run has run out of memory: the cheapest change that the plan, or else its order, names."""
     change = plan(cfg).change
-    offered = [(keys, costs) for keys, costs, _ in leaner(cfg) if keys != ("data.encode_batch_size=1",)]
+    offered = [
+        (keys, costs)
+        for keys, costs, _ in leaner(cfg, processes=planned_processes(None))
+        if keys != ("data.encode_batch_size=1",)
+    ]
     keys, costs = (change.overrides, change.costs) if change is not None else next(iter(offered), ((), ""))
     if not keys:
         return "no change that is known here needs less"
@@ -230,6 +197,11 @@ def planned_device(cfg: TrainConfig, memory: int | None) -> Device:
         gpu = memory is not None or cfg.train.precision == "fp16" or torch.cuda.is_available()
         return "cuda" if gpu else "cpu"
     return cfg.train.device
+
+
+def planned_processes(processes: int | None) -> int:
+    """How many processes a run is planned for: those that were said, that are running, or one a GPU that is here."""
+    return processes or int(os.environ.get("WORLD_SIZE", 0)) or torch.cuda.device_count() or 1
 
 
 def device_memory(device: Device) -> int | None:
@@ -256,12 +228,20 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * (GIB if match[2].upper().startswith("G") else GIB // 1024))
 
 
-def optimizer_bytes(cfg: TrainConfig, trained: tuple[int, ...]) -> int:
-    """AdamW's two moments of tensors of these sizes, and its step counts."""
-    if cfg.optimizer.name == "adamw":
-        return sum(8 * n + 4 for n in trained)
-    small = sum(8 * n for n in trained if n < STATES_8BIT)
-    return small + sum(2 * n + 8 * math.ceil(n / BLOCK_8BIT) for n in trained if n >= STATES_8BIT)
+def _check_shard(cfg: TrainConfig, processes: int, *, timed: bool) -> None:
+    if cfg.train.shard and processes < 2:
+        raise InputError(
+            f"--processes must be at least 2 with train.shard, got {processes}; say how many will share the weights"
+        )
+    if cfg.train.shard and timed:
+        raise InputError("--measure must be left out with train.shard, whose steps take several processes")
+
+
+def _need_device(cfg: TrainConfig, device: Device) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"--measure must have the planned device here, got train.device {cfg.train.device!r} and no GPU is there"
+        )
 
 
 def _family(cfg: TrainConfig) -> Family:
@@ -286,7 +266,13 @@ class _Source:
 
 
 def _plan(
-    cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluations, device: Device, available: int | None
+    cfg: TrainConfig,
+    family: Family,
+    inputs: Encoding,
+    work: Evaluations,
+    device: Device,
+    available: int | None,
+    processes: int,
 ) -> Plan:
     r = rehearse(cfg, family, inputs, work, device=device)
     source = _source(cfg)
@@ -298,11 +284,12 @@ def _plan(
         batch_size=cfg.train.batch_size,
         accumulate=cfg.train.accumulate,
         steps=cfg.train.steps,
+        shared_by=processes if cfg.train.shard else 1,
         work=work,
         rehearsal=r,
         encoding=inputs,
         flop=_flop(cfg, r, inputs, work, source),
-        memory=_memory(cfg, r, inputs, device),
+        memory=memory_of(cfg, r, inputs, device, processes),
         disk=_disk(cfg, r, inputs, source),
         available=available,
     )
@@ -334,24 +321,6 @@ def _sampled(cfg: TrainConfig, rows: int | None) -> int:
     return cfg.rounds.count * (drawn if rows is None else min(rows, drawn))
 
 
-def _memory(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, device: Device) -> MemoryUse:
-    cached = cfg.data.cache is not False
-    beside = r.weights + r.adapters if device == "cpu" else 0  # the denoiser is loaded first, and moved last
-    return MemoryUse(
-        weights=r.weights,
-        adapters=r.adapters,
-        second_network=r.second,
-        optimizer=optimizer_bytes(cfg, r.trained),
-        ema=0 if cfg.train.ema_decay is None else 4 * r.trainable,
-        encoders=0 if cached else inputs.weights,
-        activations=r.saved,
-        gradients=4 * r.trainable,
-        reference_forward=r.reference_peak,
-        step=max(r.peak, r.reference_peak, 0 if cached else inputs.peak),
-        building_cache=inputs.weights + inputs.peak + beside if cached else 0,
-    )
-
-
 def _disk(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, source: _Source) -> Disk:
     moments = 2 * math.prod(inputs.latent) * getattr(torch, cfg.data.cache_dtype).itemsize
     images = source.images_a_row * cfg.data.variants
@@ -376,16 +345,16 @@ def _source(cfg: TrainConfig) -> _Source:
     return _Source(len(reader), 2 if reader.paired else 1)
 
 
-def _cheapest(cfg: TrainConfig, of: Callable[[TrainConfig], Plan]) -> Change | None:
+def _cheapest(cfg: TrainConfig, of: Callable[[TrainConfig], Plan], processes: int) -> Change | None:
     """The first change, by what it costs, that makes a run fit; all of them together if none does alone."""
     least: TrainConfig = cfg
     together: list[tuple[str, ...]] = []
     reasons: list[str] = []
-    for overrides, costs, config in leaner(cfg):
+    for overrides, costs, config in leaner(cfg, processes=processes):
         found = of(config)
         if found.fits:
             return Change(overrides=overrides, costs=costs, peak=found.memory.peak)
-    for overrides, costs, config in leaner(cfg, gathered=True):
+    for overrides, costs, config in leaner(cfg, gathered=True, processes=processes):
         least = config
         together.append(overrides)
         reasons.append(costs)

@@ -22,15 +22,16 @@ from diffalign.counting import (
     Memory,
     autocast,
     count_flop,
+    drop_gradients,
     fake_mode,
     make_fake,
     net_bytes,
     run_backward,
+    run_sizes,
     saved_bytes,
     size_of,
 )
 from diffalign.denoisers import Family
-from diffalign.errors import InputError
 from diffalign.fit import fit
 from diffalign.models.load import home, load_net_config, load_scheduler_config, load_vae_config, native_resolution
 from diffalign.models.lora import add_lora, add_reference
@@ -38,6 +39,7 @@ from diffalign.models.policy import cast_frozen, make_reference
 from diffalign.models.save import trainable
 from diffalign.rng import SampleRng
 from diffalign.settings import TrainConfig
+from diffalign.sharding import gathered_bytes, group_sizes
 from diffalign.types import Batch, Cond, Encoder, ImageBatch, PairBatch
 from diffalign.workload import Evaluations
 
@@ -95,6 +97,8 @@ class Rehearsal:
     """Most at a time of forward and backward pass, with the gradients, beside weights and optimizer states."""
     reference_peak: int
     """The same of the reference's forward pass."""
+    gathered: int = 0
+    """Of a sharded run, whose peaks are without weights and gradients: what is gathered at a time, and theirs."""
 
 
 def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Encoding:
@@ -183,9 +187,12 @@ def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluatio
     samples = cfg.train.batch_size * (2 if cfg.method.needs.batches == "pairs" else 1)
     t = policy.path.sample_t(SampleRng(0, tuple(range(samples))))
     cast = autocast(device, PRECISIONS[cfg.train.precision])
+    sizes = run_sizes(net, second)
+    narrow = PRECISIONS[cfg.train.precision] if cfg.train.shard else None
+    gathered = gathered_bytes(group_sizes(net, family.blocks), narrow or torch.float32) if cfg.train.shard else 0
     with fake_mode():
         for one in (net, *([] if second is None else [second])):
-            make_fake(one)
+            make_fake(one, narrow)
         reference: Any = policy if second is None else replace(policy, net=second)
         if compared and adapted:
             reference = make_reference(policy, adapted=True).denoiser
@@ -199,25 +206,17 @@ def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluatio
             cast=cast,
             cast_backward=nullcontext() if device == "cpu" else cast,
         )
-        weights = {name: p for name, p in net.named_parameters() if ".lora_" not in name}
-        adapters = [p for name, p in net.named_parameters() if ".lora_" in name]
         copies = [] if second is None else [*second.parameters(), *second.buffers()]
         known = [*net.parameters(), *net.buffers(), *copies]
         parameters = trainable(net)
-        if cfg.train.accumulate > 1:
+        if cfg.train.shard:
+            drop_gradients(net)
+        elif cfg.train.accumulate > 1:
             for parameter in parameters.values():
                 parameter.grad = torch.empty_like(parameter)
         held = size_of([p.grad for p in parameters.values() if p.grad is not None])
-        counts = run.all(known, held)
-        return Rehearsal(
-            parameters=sum(p.numel() for p in weights.values()),
-            trainable=sum(p.numel() for p in parameters.values()),
-            weights=size_of([*weights.values(), *net.buffers()]),
-            adapters=size_of(adapters),
-            second=size_of(copies),
-            trained=tuple(p.numel() for p in parameters.values()),
-            **counts,
-        )
+        counts: dict[str, Any] = run.all(known, held)
+        return Rehearsal(**sizes, **counts, gathered=gathered)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,11 +384,3 @@ def _filled(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
     return torch.ones(shape, dtype=dtype)
-
-
-def need_device(cfg: TrainConfig, device: str) -> None:
-    """Raises InputError where a run is planned for a GPU that is not there to measure on."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"--measure must have the planned device here, got train.device {cfg.train.device!r} and no GPU is there"
-        )

@@ -11,7 +11,7 @@ from diffalign.errors import InputError
 from diffalign.settings import TrainConfig
 from diffalign.strict import changed_keys
 
-_FREE_TO_CHANGE = ("resume", "train.steps", "rounds.count")
+_FREE_TO_CHANGE = ("resume", "train.steps", "train.shard", "rounds.count")
 """Keys that a resumed run may have changed."""
 
 

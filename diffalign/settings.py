@@ -71,6 +71,9 @@ class TrainSettings:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the forward passes; trained weights, errors and losses stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    shard: bool = False
+    """Share weights, gradients, optimizer states and the reference out over the processes (FSDP2): for full
+    fine-tuning of what does not fit on one device."""
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False

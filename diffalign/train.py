@@ -7,7 +7,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from diffalign import attention, card
 from diffalign import checkpoint as disk
-from diffalign.assemble import Parts, assemble, claim_folder, follow, state_of
+from diffalign.assemble import Parts, assemble, claim_folder, follow
+from diffalign.checks import reference_kind
 from diffalign.config import dump
 from diffalign.data.batches import stream
 from diffalign.data.buckets import describe
@@ -31,6 +32,7 @@ from diffalign.plan import remedy
 from diffalign.progress import Bar, bar
 from diffalign.rounds import Phase, phases
 from diffalign.settings import OptimizerSettings, TrainConfig
+from diffalign.sharding import gather_optimizer, gathered, join_rows, local
 from diffalign.types import Batch, RunningMean
 from diffalign.validation import better, check_measure, movement, validate
 
@@ -110,7 +112,7 @@ def take_steps(parts: Parts, phase: Phase, book: Logbook, rewards: RunningMean) 
             rewards = report.rewards
             follow(parts)
             if parts.ema is not None:
-                parts.ema.step(parts.parameters.values())
+                parts.ema.step(local(parts.parameters.values()))
             if report.step % t.log_every == 0 or report.step == t.steps:
                 book.step(report, parts.optimizer.param_groups[0]["lr"])
             set_lr(parts, report.step)
@@ -176,6 +178,7 @@ def validated(parts: Parts, phase: Phase, book: Logbook, step: int, rewards: Run
         share=parts.share,
         accelerator=parts.accelerator,
         rewards=rewards,
+        together=cfg.train.shard,
     )
     book.validation(step, result)
     first = book.first_validation()
@@ -204,6 +207,28 @@ def save(parts: Parts, book: Logbook, step: int, rewards: RunningMean) -> None:
     parts.accelerator.wait_for_everyone()
 
 
+def state_of(parts: Parts, step: int, metrics_offset: int, rewards: RunningMean) -> disk.Checkpoint:
+    """Everything that `restore` needs, on the main process; all of a sharded run must call this."""
+    keep = parts.accelerator.is_main_process
+    moves = parts.reference is not None and reference_kind(parts.cfg) == "ema"
+    scaler = parts.accelerator.scaler
+    ema = parts.ema
+    return disk.Checkpoint(
+        step=step,
+        weights=gathered(parts.parameters, keep=keep),
+        optimizer=gather_optimizer(parts.optimizer.state_dict(), keep=keep),
+        ema=None if ema is None else gathered(join_rows(ema.shadow_params, parts.parameters), keep=keep),
+        reference=gathered(parts.reference.parameters, keep=keep) if moves and parts.reference is not None else None,
+        state={
+            "metrics_offset": metrics_offset,
+            "best": asdict(parts.best),
+            "guard": None if parts.guard is None else asdict(parts.guard.standing),
+            "rewards": rewards.numbers(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        },
+    )
+
+
 def export(parts: Parts) -> RunResult:
     """Writes `export/` and the model card, from the checkpoint that was chosen if there is one."""
     cfg, folder = parts.cfg, parts.folder
@@ -217,13 +242,15 @@ def export(parts: Parts) -> RunResult:
         found = disk.load_checkpoint(kept)
         disk.restore_(parts.parameters, found.weights if found.ema is None else found.ema)
     elif parts.ema is not None:
-        parts.ema.copy_to(parts.parameters.values())
+        parts.ema.copy_to(local(parts.parameters.values()))
+    full = cfg.train.trainable == "full"
+    state = gathered(parts.net.state_dict(), keep=parts.accelerator.is_main_process) if full else {}
     if parts.accelerator.is_main_process:
         with disk.enough_room(out, folder / "checkpoints"):
-            if cfg.train.trainable == "lora":
-                export_lora(parts.net, parts.family, out)
+            if full:
+                export_full(parts.net, parts.family, out, dtype=getattr(torch, cfg.export.dtype), state=state)
             else:
-                export_full(parts.net, parts.family, out, dtype=getattr(torch, cfg.export.dtype))
+                export_lora(parts.net, parts.family, out)
             text = card.model_card(cfg, dump(cfg), parts.family, parts.counts, step, folder)
             (out / "README.md").write_text(text, encoding="utf-8")
             shutil.copyfile(out / "README.md", folder / "README.md")

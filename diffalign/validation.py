@@ -79,19 +79,29 @@ def validate(
     share: Share,
     accelerator: Any,
     rewards: RunningMean | None = None,
+    together: bool = False,
 ) -> Validation:
     """Every held-out pair once in every decile, with the same noise each time it is called.
 
     A pair's draws depend on its place among the held-out ones alone, so two validations differ by the weights only.
+
+    Args:
+        together: Processes with fewer batches run as many as the others, since they gather their weights together;
+            what they run beyond their own is not counted.
     """
     totals = Totals()
     shared = replace(ALONE, rewards=rewards or RunningMean())  # processes may differ in how many batches they have
     for decile in range(10):
         local = replace(policy, path=_within(policy.path, decile / 10, (decile + 1) / 10))
-        for rows in _mine(collator, batch_size, share):
+        own = [(rows, True) for rows in _mine(collator, batch_size, share)]
+        most = len(list(_mine(collator, batch_size, replace(share, mine=0))))
+        spare = [([0], False)] * (most - len(own)) if together else []
+        for rows, counts in [*own, *spare]:
             batch = collator.batch(rows, [-1 - row * 10 - decile for row in rows]).to(accelerator.device)
             with accelerator.autocast():
-                totals.add(method(local, reference, batch, SampleRng(collator.seed, batch.samples), shared))
+                out = method(local, reference, batch, SampleRng(collator.seed, batch.samples), shared)
+            if counts:
+                totals.add(out)
     metrics, deciles, _ = totals.means(accelerator)
     for rows in itertools.islice(_mine(collator, batch_size, share), 1 if share.of == 1 else 0):
         batch = collator.batch(rows, [-1 - row * 10 for row in rows]).to(accelerator.device)

@@ -129,6 +129,7 @@ DIT = Family(
     text=(),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     net_class=_net_class,
+    blocks=("BasicTransformerBlock",),
     make_denoiser=make_denoiser,
     encode_prompts=encode_prompts,
     use_sampler=use_sampler,

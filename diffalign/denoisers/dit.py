@@ -183,6 +183,7 @@ SD3 = Family(
         "attn.to_add_out",
     ),
     net_class=_net_class,
+    blocks=("JointTransformerBlock",),
     make_denoiser=make_denoiser,
     encode_prompts=encode_prompts,
     use_sampler=use_sampler,

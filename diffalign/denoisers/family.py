@@ -145,6 +145,8 @@ class Family:
     """Default modules that get a LoRA, by the end of their name."""
     net_class: Callable[[], type]
     """Class of the trained network; imported when asked."""
+    blocks: tuple[str, ...]
+    """Classes of its modules that hold most of its weights and are many: what is sharded block by block."""
     make_denoiser: MakeDenoiser
     encode_prompts: Callable[[Any, Sequence[str]], Cond]
     """(pipeline with its text components, prompts) -> conditions, one row a prompt, without gradient."""

@@ -220,6 +220,7 @@ FLUX = Family(
         "attn.to_add_out",
     ),
     net_class=_net_class,
+    blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     make_denoiser=make_denoiser,
     encode_prompts=encode_prompts,
     use_sampler=use_sampler,

@@ -125,6 +125,7 @@ PIXART_SIGMA = Family(
     text=("text_encoder", "tokenizer"),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     net_class=_net_class,
+    blocks=("BasicTransformerBlock",),
     make_denoiser=make_denoiser,
     encode_prompts=encode_prompts,
     use_sampler=use_sampler,

@@ -156,6 +156,7 @@ SDXL = Family(
     text=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     net_class=_net_class,
+    blocks=("BasicTransformerBlock", "ResnetBlock2D"),
     make_denoiser=make_denoiser,
     encode_prompts=encode_prompts,
     use_sampler=use_sampler,

@@ -1,7 +1,7 @@
 """The two models of an alignment run: the policy that is trained and the reference that it is measured against."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from diffalign.models.lora import (
     switched,
 )
 from diffalign.paths import TimestepSampling
+from diffalign.sharding import shard
 from diffalign.types import Denoiser
 
 
@@ -83,12 +84,13 @@ class Reference:
             )
 
 
-def make_reference(policy: Any, *, adapted: bool, moves: bool = False) -> Reference:
+def make_reference(policy: Any, *, adapted: bool, moves: bool = False, lent: bool = False) -> Reference:
     """The policy as it starts: its network without the adapter, or a frozen copy of it; called by the same code.
 
     Args:
         adapted: The policy is a network with a trained adapter.
         moves: The reference will be given other weights: an adapter of its own beside the trained one, or the copy.
+        lent: The copy has the policy's own weights in memory, until `share_out` gives each rows of its own.
     """
     if adapted:
         if moves:
@@ -98,9 +100,30 @@ def make_reference(policy: Any, *, adapted: bool, moves: bool = False) -> Refere
         return Reference(
             denoiser=inside, net=policy.net, layers=inside.layers, adapter=inside.adapter, parameters=parameters
         )
-    frozen = copy.deepcopy(policy.net).requires_grad_(False)
+    same = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in policy.net.parameters()} if lent else {}
+    frozen = copy.deepcopy(policy.net, same).requires_grad_(False)
     parameters = dict(frozen.named_parameters()) if moves else {}
     return Reference(denoiser=replace(policy, net=frozen), net=frozen, parameters=parameters)
+
+
+def share_out(
+    net: torch.nn.Module,
+    reference: Reference | None,
+    mesh: Any,
+    *,
+    blocks: Sequence[str],
+    dtype: torch.dtype | None,
+) -> Reference | None:
+    """Shares the policy's network, and a copy of it that is the reference, out over processes; see `sharding.shard`.
+
+    Returns:
+        The reference with its weights as they are now.
+    """
+    shard(net, mesh, blocks=blocks, dtype=dtype)
+    if reference is None:
+        return None
+    shard(reference.net, mesh, blocks=blocks, dtype=dtype)
+    return replace(reference, parameters=dict(reference.net.named_parameters()) if reference.parameters else {})
 
 
 def make_old(policy: Any, *, adapted: bool) -> Reference:

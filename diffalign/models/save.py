@@ -2,11 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffalign.denoisers import Family
 from diffalign.denoisers.kohya import Adapter
@@ -71,11 +72,21 @@ def _adapters(net: Any) -> dict[str, Adapter]:
     return found
 
 
-def export_full(net: Any, family: Family, folder: Path, *, dtype: torch.dtype) -> None:
-    """Writes the denoiser as the pipeline's component folder, `unet/` or `transformer/`."""
+def export_full(
+    net: Any, family: Family, folder: Path, *, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the denoiser as the pipeline's component folder, `unet/` or `transformer/`.
+
+    Args:
+        state: The network's `state_dict` where it is sharded, whole; None asks the network for it.
+    """
+    cls: Any = family.net_class()
+    with torch.device("meta"):  # Diffusers writes a network's own class and weights, which sharding has changed
+        plain = cls.from_config(net.config)
+    found = net.state_dict() if state is None else state
+    plain.load_state_dict({k: v.detach().to("cpu", dtype).contiguous() for k, v in found.items()}, assign=True)
     with replacing(folder) as fresh:
-        weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in net.state_dict().items()}
-        net.save_pretrained(fresh / family.net, state_dict=weights, safe_serialization=True)
+        plain.save_pretrained(fresh / family.net, safe_serialization=True)
 
 
 class replacing:
