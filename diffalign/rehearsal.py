@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffalign import losses
 from diffalign.assemble import make_accelerator, make_optimizer, place_net
-from diffalign.checks import context_of, reference_kind
+from diffalign.checks import PRECISIONS, context_of, reference_kind, rounding_of
 from diffalign.counting import (
     Memory,
     autocast,
@@ -34,13 +34,12 @@ from diffalign.fit import fit
 from diffalign.models.load import home, load_net_config, load_scheduler_config, load_vae_config, native_resolution
 from diffalign.models.lora import add_lora, add_reference
 from diffalign.models.policy import cast_frozen, make_reference
+from diffalign.models.quantized import imitate, spared_bytes, swap_linears
 from diffalign.models.save import trainable
 from diffalign.rng import SampleRng
 from diffalign.settings import TrainConfig
 from diffalign.types import Batch, Cond, Encoder, ImageBatch, PairBatch
 from diffalign.workload import Evaluations
-
-PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class Rehearsal:
     trainable: int
     """Parameters that training changes."""
     weights: int
-    """Of the denoiser, without adapters."""
+    """Of the denoiser, without adapters; rounded ones with their scales."""
     adapters: int
     """Trained and frozen ones."""
     second: int
@@ -172,7 +171,10 @@ def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluatio
         device: "cpu" or "cuda", which need not be there; they differ in mixed precision.
     """
     adapted = cfg.train.trainable == "lora"
-    net = _shaped(bare_net(cfg, family), cfg, family, device)
+    net = bare_net(cfg, family)
+    rounding = rounding_of(cfg, torch.device(device))
+    rounded = imitate(net, rounding)
+    net = _shaped(net, cfg, family, device)
     scheduler = load_scheduler_config(cfg.model)
     policy: Any = family.make_denoiser(net, scheduler, cfg.timesteps, context_of(cfg, family))
     compared = reference_kind(cfg) != "none"
@@ -207,10 +209,11 @@ def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluatio
                 parameter.grad = torch.empty_like(parameter)
         held = size_of([p.grad for p in parameters.values() if p.grad is not None])
         counts = run.all(known, held)
+        spared = spared_bytes(rounded, rounding)
         return Rehearsal(
             parameters=sum(p.numel() for p in weights.values()),
             trainable=sum(p.numel() for p in parameters.values()),
-            weights=size_of([*weights.values(), *net.buffers()]),
+            weights=size_of([*weights.values(), *net.buffers()]) - spared,
             adapters=size_of(adapters),
             second=size_of(copies),
             trained=tuple(p.numel() for p in parameters.values()),
@@ -317,10 +320,16 @@ def measure(cfg: TrainConfig, family: Family, inputs: Encoding) -> Measured:
     adapted = cfg.train.trainable == "lora"
     net_class: Any = family.net_class()
     net = net_class.from_config(load_net_config(cfg.model, family)).eval().requires_grad_(not adapted)
+    rounding = rounding_of(cfg, device)
+    if rounding is not None:
+        swap_linears(net, rounding)
     if adapted:
         add_lora(net, cfg.lora, family.lora_targets, seed=cfg.seed)
     policy: Any = family.make_denoiser(
-        place_net(net, cfg, accelerator, adapted=adapted), _schedule(cfg), cfg.timesteps, context_of(cfg, family)
+        place_net(net, cfg, accelerator, adapted=adapted),
+        load_scheduler_config(cfg.model),
+        cfg.timesteps,
+        context_of(cfg, family),
     )
     kind = reference_kind(cfg)
     reference = None if kind == "none" else make_reference(policy, adapted=adapted, moves=kind in ("ema", "pool"))
@@ -349,10 +358,6 @@ def measure(cfg: TrainConfig, family: Family, inputs: Encoding) -> Measured:
         peak=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         device=device.type,
     )
-
-
-def _schedule(cfg: TrainConfig) -> Mapping[str, Any]:
-    return load_scheduler_config(cfg.model)
 
 
 def _batches(cfg: TrainConfig, inputs: Encoding) -> Iterator[Batch]:

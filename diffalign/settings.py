@@ -64,6 +64,9 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """How linear layers of the frozen network under a LoRA are stored: as loaded, LLM.int8, or NF4 (bitsandbytes). The
+    reference is the same network, so margins start at 0; what is exported is a LoRA for the weights as they were."""
     attention: Attention = "sdpa"
     """Kernel of attention, the same for policy and reference; "auto" measures which is the quickest here."""
     max_grad_norm: float = 1.0

@@ -271,7 +271,7 @@ def test_changes_come_in_the_order_of_what_they_cost():
     ]
     *_, (_, _, last) = leaner(cfg, gathered=True)
     assert (last.train.batch_size, last.train.accumulate, last.train.trainable) == (1, 6, "lora")
-    assert (last.train.precision, last.optimizer.name) == ("bf16", "adamw8bit")
+    assert (last.train.precision, last.train.quantize, last.optimizer.name) == ("bf16", "4bit", "adamw8bit")
     for keys, _, changed in leaner(cfg):
         table = config(Path("x"), train=train)
         for key in keys:
