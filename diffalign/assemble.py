@@ -187,6 +187,7 @@ def make_rounds(
         context=told,
         adapted=cfg.train.trainable == "lora",
         device=accelerator.device,
+        offload=cfg.train.offload,
     )
     check_work(cfg, settings, online.walk, share.of)
     return online
@@ -250,7 +251,8 @@ def prepare_rows(
         variants=data.variants,
         sizes=data.sizes == "original",
     )
-    encoders = Encoders(cfg.model, family, accelerator.device, zeros=data.empty_prompt == "zeros")
+    zeros, offload = data.empty_prompt == "zeros", cfg.train.offload
+    encoders = Encoders(cfg.model, family, accelerator.device, zeros=zeros, offload=offload)
     fraction = 0.0 if cfg.validation is None else cfg.validation.fraction
     limit = 0 if cfg.validation is None else cfg.validation.pairs
     if data.cache is False:

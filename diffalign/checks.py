@@ -159,6 +159,11 @@ def _check_fixed_draws(config: TrainConfig) -> None:
         )
     if config.method.needs.errors is None:
         raise InputError(f"{left_out}, which asks more of its reference than its errors at a draw; got {draws}")
+    if config.train.quantize == "8bit":
+        raise InputError(
+            "config.train.quantize must be 'none' or '4bit' with train.fixed_draws, got '8bit', under which an error "
+            "depends on the rest of its batch too"
+        )
     if config.data.cache is False:
         raise InputError("config.data.cache must not be false with train.fixed_draws, whose errors are kept there")
 
@@ -200,6 +205,11 @@ def _check_sections(config: TrainConfig) -> None:
     if config.data.cache is False and (config.data.variants != 1 or config.data.streaming):
         raise InputError(
             "config.data.cache must not be false with data.variants or data.streaming; both need the cache"
+        )
+    if config.data.cache is False and config.train.offload:
+        raise InputError(
+            "config.train.offload must be false with data.cache = false, which encodes at every step; leave data.cache "
+            "out, and steps need no encoders"
         )
     random = config.data.flip or config.data.crop == "random"
     if random and config.data.cache is not False and config.data.variants < 2:

@@ -16,7 +16,7 @@ def leaner(cfg: TrainConfig, *, gathered: bool = False) -> Iterator[tuple[tuple[
     Yields:
         Keys as `diffalign train CONFIG` takes them, what the change costs, and the changed config.
     """
-    for name in ("encode", "checkpointing", "batch", "lora", "bf16", "quantize", "8bit"):
+    for name in ("encode", "offload", "checkpointing", "batch", "lora", "bf16", "quantize", "8bit"):
         for overrides, costs, changed in _change(name, cfg, last=gathered):
             try:
                 check(changed)
@@ -32,6 +32,8 @@ def _change(name: str, cfg: TrainConfig, *, last: bool) -> Iterator[tuple[tuple[
     if name == "encode" and cfg.data.encode_batch_size > 1:
         data = replace(cfg.data, encode_batch_size=1)
         yield ("data.encode_batch_size=1",), "a slower start", replace(cfg, data=data)
+    elif name == "offload" and not t.offload:
+        yield ("train.offload=true",), "a slower start", replace(cfg, train=replace(t, offload=True))
     elif name == "checkpointing" and not t.gradient_checkpointing:
         train = replace(t, gradient_checkpointing=True)
         yield ("train.gradient_checkpointing=true",), "a second forward pass", replace(cfg, train=train)

@@ -46,6 +46,9 @@ STATES_8BIT = 4096
 BLOCK_8BIT = 256
 """Elements that share one float32 scale of an 8-bit state."""
 
+BEFORE_STEPS = ("data.encode_batch_size=1", "train.offload=true")
+"""Changes that spare memory while the cache is built alone."""
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -217,7 +220,7 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False) ->
 def remedy(cfg: TrainConfig) -> str:
     """What to say when a run has run out of memory: the cheapest change that the plan, or else its order, names."""
     change = plan(cfg).change
-    offered = [(keys, costs) for keys, costs, _ in leaner(cfg) if keys != ("data.encode_batch_size=1",)]
+    offered = [(keys, costs) for keys, costs, _ in leaner(cfg) if keys[0] not in BEFORE_STEPS]
     keys, costs = (change.overrides, change.costs) if change is not None else next(iter(offered), ((), ""))
     if not keys:
         return "no change that is known here needs less"
@@ -336,6 +339,7 @@ def _sampled(cfg: TrainConfig, rows: int | None) -> int:
 
 def _memory(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, device: Device) -> MemoryUse:
     cached = cfg.data.cache is not False
+    turns = cfg.train.offload and device == "cuda"  # on a CPU all of them are in the one memory that there is
     beside = r.weights + r.adapters if device == "cpu" else 0  # the denoiser is loaded first, and moved last
     return MemoryUse(
         weights=r.weights,
@@ -348,7 +352,7 @@ def _memory(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, device: Device) ->
         gradients=4 * r.trainable,
         reference_forward=r.reference_peak,
         step=max(r.peak, r.reference_peak, 0 if cached else inputs.peak),
-        building_cache=inputs.weights + inputs.peak + beside if cached else 0,
+        building_cache=(inputs.largest if turns else inputs.weights) + inputs.peak + beside if cached else 0,
     )
 
 

@@ -54,6 +54,8 @@ class Encoding:
     prompt_flop: int
     weights: int
     """Bytes of VAE and text encoders."""
+    largest: int
+    """Of the largest of them."""
     peak: int
     """Most bytes at a time beside the weights, with `data.encode_batch_size` images."""
 
@@ -120,6 +122,7 @@ def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Enco
         image_flop=flop // count,
         prompt_flop=prompt_flop,
         weights=sum(net_bytes(net) for net in (vae, *texts)),
+        largest=max(net_bytes(net) for net in (vae, *texts)),
         peak=memory.peak,
     )
 
@@ -209,11 +212,10 @@ def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluatio
                 parameter.grad = torch.empty_like(parameter)
         held = size_of([p.grad for p in parameters.values() if p.grad is not None])
         counts = run.all(known, held)
-        spared = spared_bytes(rounded, rounding)
         return Rehearsal(
             parameters=sum(p.numel() for p in weights.values()),
             trainable=sum(p.numel() for p in parameters.values()),
-            weights=size_of([*weights.values(), *net.buffers()]) - spared,
+            weights=size_of([*weights.values(), *net.buffers()]) - spared_bytes(rounded, rounding),
             adapters=size_of(adapters),
             second=size_of(copies),
             trained=tuple(p.numel() for p in parameters.values()),

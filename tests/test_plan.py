@@ -261,6 +261,7 @@ def test_changes_come_in_the_order_of_what_they_cost():
     found = [keys for keys, _, _ in leaner(cfg)]
     assert found == [
         ("data.encode_batch_size=1",),
+        ("train.offload=true",),
         ("train.gradient_checkpointing=true",),
         ("train.batch_size=3", "train.accumulate=2"),
         ("train.batch_size=2", "train.accumulate=3"),

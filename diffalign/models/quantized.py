@@ -107,7 +107,9 @@ def imitate(net: nn.Module, rounding: Rounding | None) -> tuple[nn.Linear, ...]:
     Returns:
         The layers that would be rounded.
     """
-    layers = () if rounding is None else tuple(rounded_linears(net).values())
+    if rounding is None:
+        return ()
+    layers = tuple(rounded_linears(net).values())
     for layer in layers:
         layer.forward = functools.partial(_imitated, layer, rounding)  # type: ignore[method-assign]
     return layers
