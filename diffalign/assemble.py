@@ -12,6 +12,7 @@ import torch
 from diffalign import attention, environment
 from diffalign import checkpoint as disk
 from diffalign.checks import (
+    PRECISIONS,
     REFERENCE_DECAY,
     buckets_of,
     check_batch,
@@ -19,6 +20,7 @@ from diffalign.checks import (
     context_of,
     method_name,
     reference_kind,
+    rounding_of,
 )
 from diffalign.config import dump
 from diffalign.data.batches import Collator, Rows
@@ -26,20 +28,13 @@ from diffalign.data.buckets import check_filled
 from diffalign.data.cache import Share
 from diffalign.data.images import Preprocessing
 from diffalign.data.pairs import Counts, PairReader
-from diffalign.data.prepare import (
-    CacheJob,
-    Encoders,
-    cached,
-    content_key,
-    split_cached,
-    split_live,
-    vae_scale,
-)
+from diffalign.data.prepare import CacheJob, Encoders, cached, content_key, split_cached, split_live, vae_scale
 from diffalign.denoisers import Context, Family
 from diffalign.errors import InputError
 from diffalign.guard.parts import GuardParts, Standing, make_guard
 from diffalign.models.load import detect_family
 from diffalign.models.policy import Reference, cast_frozen, load_policy, make_reference, share_out
+from diffalign.models.quantized import round_weights
 from diffalign.models.save import trainable
 from diffalign.online.parts import OnlineParts, make_online
 from diffalign.online.settings import OnlineSettings
@@ -116,7 +111,8 @@ def assemble(cfg: TrainConfig) -> Parts:
     guard = None if cfg.guard is None else make_guard(cfg.guard, cfg.online, cfg.data.path)
     adapted = cfg.train.trainable == "lora"
     lora, told = cfg.lora if adapted else None, context_of(cfg, family)
-    policy = load_policy(cfg.model, family, cfg.timesteps, lora=lora, seed=cfg.seed, context=told)
+    rounding = rounding_of(cfg, accelerator.device)
+    policy = load_policy(cfg.model, family, cfg.timesteps, lora=lora, seed=cfg.seed, context=told, rounding=rounding)
     collator, held, counts = None, None, Counts()
     if cfg.online is None:
         collator, held, counts = make_collators(cfg, family, folder, share, accelerator)
@@ -207,6 +203,7 @@ def make_rounds(
         context=told,
         adapted=cfg.train.trainable == "lora",
         device=accelerator.device,
+        offload=cfg.train.offload,
     )
     check_work(cfg, settings, online.walk, share.of)
     return online
@@ -250,6 +247,7 @@ def claim_folder(parts: Parts) -> None:
         disk.write_atomic(parts.folder / "config.toml", to_toml(dump(parts.cfg)))
         about = {
             **environment.describe(parts.accelerator.device),
+            **({} if parts.cfg.train.quantize == "none" else environment.versions(("bitsandbytes",))),
             "attention": parts.attention,
             "processes": parts.accelerator.num_processes,
             "seed": parts.cfg.seed,
@@ -277,7 +275,8 @@ def prepare_rows(
         sizes=data.sizes == "original",
         buckets=buckets_of(cfg, family),
     )
-    encoders = Encoders(cfg.model, family, accelerator.device, zeros=data.empty_prompt == "zeros")
+    zeros, offload = data.empty_prompt == "zeros", cfg.train.offload
+    encoders = Encoders(cfg.model, family, accelerator.device, zeros=zeros, offload=offload)
     fraction = 0.0 if cfg.validation is None else cfg.validation.fraction
     limit = 0 if cfg.validation is None else cfg.validation.pairs
     if data.cache is False:
@@ -323,9 +322,10 @@ def pick_attention(net: Any, cfg: TrainConfig, accelerator: Any) -> str:
 
 def place_net(net: Any, cfg: TrainConfig, accelerator: Any, *, adapted: bool) -> Any:
     """The network on its device, in the memory layout and storage types that the config asks for."""
+    round_weights(net, accelerator.device)
     halved = adapted and not cfg.method.needs.float32_features
     if halved and accelerator.device.type == "cuda" and cfg.train.precision != "no":
-        cast_frozen(net, {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.train.precision])
+        cast_frozen(net, PRECISIONS[cfg.train.precision] or torch.float32)
     if cfg.train.gradient_checkpointing:
         net.enable_gradient_checkpointing()
     if not cfg.train.shard:  # which has no room for it there, and moves it block by block

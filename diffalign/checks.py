@@ -1,5 +1,7 @@
 """What the sections of a run's config must not be together; every refusal says why."""
 
+import torch
+
 from diffalign.data.buckets import STEP, Size, bucket_table
 from diffalign.data.prepare import check_conditions
 from diffalign.denoisers import Context, Family
@@ -7,12 +9,15 @@ from diffalign.errors import InputError
 from diffalign.methods import METHODS
 from diffalign.models.load import load_context
 from diffalign.models.lora import LoraSettings
+from diffalign.models.quantized import Rounding
 from diffalign.online_checks import check_online
 from diffalign.settings import TrainConfig
 from diffalign.types import Method, ReferenceKind
 
 REFERENCE_DECAY = 0.995
 """Of a moving reference, where the config names none."""
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What networks run in; None is as they are, in float32."""
 
 
 def reference_kind(config: TrainConfig) -> ReferenceKind:
@@ -23,6 +28,14 @@ def reference_kind(config: TrainConfig) -> ReferenceKind:
 def method_name(method: Method) -> str:
     """The name of a method in `METHODS`."""
     return next(name for name, cls in METHODS.items() if isinstance(method, cls))
+
+
+def rounding_of(config: TrainConfig, device: torch.device) -> Rounding | None:
+    """How the frozen network is rounded; None where it is not."""
+    bits = config.train.quantize
+    if bits == "none":
+        return None
+    return Rounding(bits=bits, dtype=PRECISIONS[config.train.precision] or torch.float32, device=device)
 
 
 def check(config: TrainConfig) -> None:
@@ -72,6 +85,11 @@ def _check_method(config: TrainConfig) -> None:
         raise InputError(
             f"config.train.precision must be 'no' or 'fp16' with method {name!r}, whose features lie closer together "
             "than bf16 resolves; got 'bf16'"
+        )
+    if needs.float32_features and config.train.quantize != "none":
+        raise InputError(
+            f"config.train.quantize must be 'none' with method {name!r}, whose features lie too close together for "
+            f"rounded weights; got {config.train.quantize!r}"
         )
 
 
@@ -144,6 +162,11 @@ def _check_fixed_draws(config: TrainConfig) -> None:
         )
     if config.method.needs.errors is None:
         raise InputError(f"{left_out}, which asks more of its reference than its errors at a draw; got {draws}")
+    if config.train.quantize == "8bit":
+        raise InputError(
+            "config.train.quantize must be 'none' or '4bit' with train.fixed_draws, got '8bit', under which an error "
+            "depends on the rest of its batch too"
+        )
     if config.data.cache is False:
         raise InputError("config.data.cache must not be false with train.fixed_draws, whose errors are kept there")
 
@@ -235,6 +258,11 @@ def _check_ranges(config: TrainConfig) -> None:
 def _check_sections(config: TrainConfig) -> None:
     if config.train.trainable == "full" and config.lora != LoraSettings():
         raise InputError('config.lora must be left out with train.trainable = "full"; it shapes a LoRA only')
+    if config.train.trainable == "full" and config.train.quantize != "none":
+        raise InputError(
+            'config.train.quantize must be "none" with train.trainable = "full", which trains the weights themselves; '
+            f'got {config.train.quantize!r}, or set train.trainable = "lora"'
+        )
     if config.train.trainable == "full" and config.model.lora is not None:
         raise InputError(
             'config.model.lora must be left out with train.trainable = "full"; fuse it into a denoiser first and '
@@ -243,6 +271,11 @@ def _check_sections(config: TrainConfig) -> None:
     if config.data.cache is False and (config.data.variants != 1 or config.data.streaming):
         raise InputError(
             "config.data.cache must not be false with data.variants or data.streaming; both need the cache"
+        )
+    if config.data.cache is False and config.train.offload:
+        raise InputError(
+            "config.train.offload must be false with data.cache = false, which encodes at every step; leave data.cache "
+            "out, and steps need no encoders"
         )
     random = config.data.flip or config.data.crop == "random"
     if random and config.data.cache is not False and config.data.variants < 2:

@@ -223,7 +223,7 @@ def export(
 @app.command()
 def env() -> None:
     """Say what is installed and what this machine can do."""
-    from diffalign.environment import EXTRAS, describe, versions
+    from diffalign.environment import EXTRAS, bitsandbytes_fault, describe, versions
     from diffalign.evaluate.preflight import pick_device
 
     device = pick_device("auto")
@@ -242,6 +242,9 @@ def env() -> None:
             if missing
             else ", ".join(f"{p} {v}" for p, v in found.items()),
         )
+    if versions(EXTRAS["8bit"])["bitsandbytes"] != "missing":
+        fault = bitsandbytes_fault(device)
+        table.add_row("quantize 8bit, 4bit", "works" if fault is None else f"no: {fault}")
     for name, words in attention_rows(device):
         table.add_row(f"attention {name}", words)
     out.print(table)

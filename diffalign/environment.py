@@ -76,6 +76,37 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def bitsandbytes_fault(device: torch.device) -> str | None:
+    """Why an installed bitsandbytes cannot round layers on a device; None if it can: both kinds are tried."""
+    try:
+        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+        for made in (Linear8bitLt(64, 64, has_fp16_weights=False), Linear4bit(64, 64, compute_dtype=torch.float16)):
+            layer = made.to(device).eval()
+            x = torch.ones(1, 2, 64, device=device, dtype=torch.float16, requires_grad=True)
+            layer(x).sum().backward()
+            if x.grad is None or not x.grad.isfinite().all():
+                return f"{type(layer).__name__} gives gradients that are not finite"
+    except Exception as error:  # whatever a broken build raises is what there is to say
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return None
+
+
+def need_bitsandbytes(what: str, device: torch.device) -> None:
+    """Checks that bitsandbytes is there and works on a device.
+
+    Raises:
+        InputError: It is missing, with the extra that brings it, or it cannot round layers there, with the reason.
+    """
+    from diffalign.errors import InputError
+
+    need_extra("bitsandbytes", "8bit", what)
+    fault = bitsandbytes_fault(device)
+    if fault is not None:
+        version = versions(("bitsandbytes",))["bitsandbytes"]
+        raise InputError(f"{what} must have a bitsandbytes that works on {device.type}, got {version}: {fault}")
+
+
 def need_extra(package: str, extra: str, what: str) -> None:
     """Checks that an optional package is there.
 

@@ -28,6 +28,7 @@ from diffalign.methods.measure import image_errors, pair_errors
 from diffalign.models.load import load_scheduler_config
 from diffalign.models.lora import POLICY
 from diffalign.models.policy import Reference
+from diffalign.models.quantized import scales
 from diffalign.paths import NoisePath, Prediction
 from diffalign.progress import bar
 from diffalign.rng import SampleRng
@@ -193,6 +194,7 @@ def content(parts: Parts, rows: CachedRows, count: int) -> Mapping[str, Any]:
         "errors": asdict(kind),
         "precision": cfg.train.precision,
         "batch_size": cfg.train.batch_size,
+        **({} if cfg.train.quantize == "none" else {"quantize": cfg.train.quantize}),
         "kernels": [parts.accelerator.device.type, parts.attention, cfg.train.channels_last, cfg.train.compile],
     }
 
@@ -203,5 +205,12 @@ def digest_of(reference: Reference) -> str:
     for name, parameter in sorted(reference.net.named_parameters()):
         if f".{POLICY}." not in name:
             digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)};".encode())
-            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(_raw(parameter))
+    for scale in scales(reference.net):
+        digest.update(_raw(scale))
     return digest.hexdigest()[:32]
+
+
+def _raw(tensor: Tensor) -> Any:
+    """The bytes of a tensor."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -7,29 +7,43 @@ from PIL import Image, ImageDraw
 
 from diffalign.denoisers import Family
 from diffalign.models.load import ModelSource, load_pipeline
+from diffalign.models.offload import placed
 from diffalign.settings import SampleSettings
 
 _LEAST_SIDE = 128
 _CAPTION = 12
 
 
-def save_grid(folder: Path, step: int, source: ModelSource, family: Family, net: Any, settings: SampleSettings) -> Path:
-    """Samples the prompts with the network as it is and writes `step-N.png`; other components are loaded and let go."""
+def save_grid(
+    folder: Path,
+    step: int,
+    source: ModelSource,
+    family: Family,
+    net: Any,
+    settings: SampleSettings,
+    *,
+    offload: bool = False,
+) -> Path:
+    """Samples the prompts with the network as it is and writes `step-N.png`; other components are loaded and let go.
+
+    Args:
+        offload: The others are on the network's device one at a time.
+    """
     import torch
 
     from diffalign.evaluate.generate import generate
 
-    pipeline = load_pipeline(source, only=("vae", *family.text), net=net).to(net.device)
-    samples = generate(
-        pipeline,
-        family,
-        list(settings.prompts),
-        images_per_prompt=1,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        batch_size=4,
-    )
-    images = [(s.image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy() for s in samples]
+    with placed(load_pipeline(source, only=("vae", *family.text), net=net), net, offload=offload) as pipeline:
+        samples = generate(
+            pipeline,
+            family,
+            list(settings.prompts),
+            images_per_prompt=1,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            batch_size=4,
+        )
+        images = [(s.image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy() for s in samples]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{step:06d}.png"
     grid([Image.fromarray(image) for image in images], settings.prompts).save(file)

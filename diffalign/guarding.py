@@ -21,6 +21,7 @@ from diffalign.guard.look import Look, examine
 from diffalign.guard.parts import GuardParts
 from diffalign.logbook import Logbook
 from diffalign.models.load import load_pipeline
+from diffalign.models.offload import placed
 from diffalign.progress import Bar, bar
 from diffalign.types import Reward, RewardBatch
 
@@ -110,19 +111,20 @@ def _sample(
 ) -> None:
     """Batches by the stock pipeline around the network as it is, each scored and written."""
     family, settings, texts = parts.family, guard.settings, guard.prompts.prompts
-    pipeline = load_pipeline(parts.cfg.model, only=("vae", *family.text), net=parts.net).to(parts.accelerator.device)
-    family.use_sampler(pipeline)
-    for part in mine:
-        places = now.of(part)
-        with parts.accelerator.autocast():
-            made = make_batch(pipeline, family, texts, places, steps=settings.steps, guidance=settings.guidance)
-        asked = RewardBatch(
-            images=torch.stack([one.image for one in made]),
-            prompts=[texts[i] for i, _ in places],
-            metadata=[guard.prompts.metadata[i] for i, _ in places],
-        )
-        now.write(part, made, {reward.name: columns_of(reward, asked)[reward.name] for reward in judges})
-        advance(len(made))
+    whole = load_pipeline(parts.cfg.model, only=("vae", *family.text), net=parts.net)
+    with placed(whole, parts.net, offload=parts.cfg.train.offload) as pipeline:
+        family.use_sampler(pipeline)
+        for part in mine:
+            places = now.of(part)
+            with parts.accelerator.autocast():
+                made = make_batch(pipeline, family, texts, places, steps=settings.steps, guidance=settings.guidance)
+            asked = RewardBatch(
+                images=torch.stack([one.image for one in made]),
+                prompts=[texts[i] for i, _ in places],
+                metadata=[guard.prompts.metadata[i] for i, _ in places],
+            )
+            now.write(part, made, {reward.name: columns_of(reward, asked)[reward.name] for reward in judges})
+            advance(len(made))
 
 
 @contextmanager

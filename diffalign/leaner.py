@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 from diffalign.checks import check
 from diffalign.errors import InputError
@@ -21,7 +22,7 @@ def leaner(
         Keys as `diffalign train CONFIG` takes them, what the change costs, and the changed config.
     """
     shared = ("shard",) if processes > 1 else ()
-    for name in ("encode", "checkpointing", *shared, "batch", "lora", "bf16", "8bit"):
+    for name in ("encode", "offload", "checkpointing", *shared, "batch", "lora", "bf16", "quantize", "8bit"):
         for overrides, costs, changed in _change(name, cfg, last=gathered):
             try:
                 check(changed)
@@ -37,6 +38,8 @@ def _change(name: str, cfg: TrainConfig, *, last: bool) -> Iterator[tuple[tuple[
     if name == "encode" and cfg.data.encode_batch_size > 1:
         data = replace(cfg.data, encode_batch_size=1)
         yield ("data.encode_batch_size=1",), "a slower start", replace(cfg, data=data)
+    elif name == "offload" and not t.offload:
+        yield ("train.offload=true",), "a slower start", replace(cfg, train=replace(t, offload=True))
     elif name == "checkpointing" and not t.gradient_checkpointing:
         train = replace(t, gradient_checkpointing=True)
         yield ("train.gradient_checkpointing=true",), "a second forward pass", replace(cfg, train=train)
@@ -54,6 +57,13 @@ def _change(name: str, cfg: TrainConfig, *, last: bool) -> Iterator[tuple[tuple[
         yield ('train.trainable="lora"',), "another model", replace(cfg, train=train, lora=LoraSettings())
     elif name == "bf16" and t.precision == "no":
         yield ('train.precision="bf16"',), "less exact margins", replace(cfg, train=replace(t, precision="bf16"))
+    elif name == "quantize" and t.quantize != "4bit":
+        offered: list[tuple[Literal["8bit", "4bit"], str]] = [
+            ("8bit", "a LoRA trained on weights and inputs in 8 bits, slower"),
+            ("4bit", "a LoRA trained on weights in 4 bits, about a tenth off each"),
+        ]
+        for bits, costs in offered[-1:] if last or t.quantize == "8bit" else offered:
+            yield (f'train.quantize="{bits}"',), costs, replace(cfg, train=replace(t, quantize=bits))
     elif name == "8bit" and cfg.optimizer.name == "adamw":
         optimizer = replace(cfg.optimizer, name="adamw8bit")
         yield ('optimizer.name="adamw8bit"',), "rounded moments", replace(cfg, optimizer=optimizer)

@@ -59,6 +59,7 @@ def memory_of(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, device: str, pro
         processes: How many share out what is sharded.
     """
     cached = cfg.data.cache is not False
+    turns = cfg.train.offload and device == "cuda"  # on a CPU all of them are in the one memory that there is
     beside = r.weights + r.adapters if device == "cpu" else 0  # the denoiser is loaded first, and moved last
 
     def own(size: int) -> int:
@@ -79,7 +80,7 @@ def memory_of(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, device: str, pro
         gradients=gradients,
         reference_forward=reference_peak,
         step=max(peak, reference_peak, 0 if cached else inputs.peak),
-        building_cache=inputs.weights + inputs.peak + beside if cached else 0,
+        building_cache=(inputs.largest if turns else inputs.weights) + inputs.peak + beside if cached else 0,
         gathered=r.gathered,
     )
 

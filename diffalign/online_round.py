@@ -135,6 +135,9 @@ def _make(this: OwnRound, store: Store, mine: list[int], cond: Cond, uncond: Con
                 )  # fmt: skip
                 store.write_part(part, walked, images)
             scoring.submit(part, images)
+    online.encoders.rest()
+    if parts.cfg.train.offload and online.judges is not None:
+        online.judges.to("cpu")
 
 
 def _about(this: OwnRound) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def _conditions(this: OwnRound, store: Store) -> tuple[Cond, Cond]:
     """(conditions of the round's prompts by place, those of the empty prompt), on the CPU."""
     texts = [entry.prompt for entry in store.entries[:: this.online.settings.group]]
     both = this.online.encoders.prompts([*texts, ""])
+    this.online.encoders.rest()
     return both.rows(slice(0, -1)), both.rows(slice(-1, None))
 
 

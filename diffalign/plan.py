@@ -42,6 +42,9 @@ CONTEXT = GIB // 2
 SPARE = 0.05
 """Share of a device that is left free: allocators leave gaps."""
 
+BEFORE_STEPS = ("data.encode_batch_size=1", "train.offload=true")
+"""Changes that spare memory while the cache is built alone."""
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -183,7 +186,7 @@ def remedy(cfg: TrainConfig) -> str:
     offered = [
         (keys, costs)
         for keys, costs, _ in leaner(cfg, processes=planned_processes(None))
-        if keys != ("data.encode_batch_size=1",)
+        if keys[0] not in BEFORE_STEPS
     ]
     keys, costs = (change.overrides, change.costs) if change is not None else next(iter(offered), ((), ""))
     if not keys:

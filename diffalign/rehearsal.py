@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffalign import losses
 from diffalign.assemble import make_accelerator, make_optimizer, place_net
-from diffalign.checks import buckets_of, context_of, reference_kind
+from diffalign.checks import PRECISIONS, buckets_of, context_of, reference_kind, rounding_of
 from diffalign.counting import (
     Memory,
     autocast,
@@ -36,14 +36,13 @@ from diffalign.fit import fit
 from diffalign.models.load import home, load_net_config, load_scheduler_config, load_vae_config, native_resolution
 from diffalign.models.lora import add_lora, add_reference
 from diffalign.models.policy import cast_frozen, make_reference
+from diffalign.models.quantized import imitate, spared_bytes, swap_linears
 from diffalign.models.save import trainable
 from diffalign.rng import SampleRng
 from diffalign.settings import TrainConfig
 from diffalign.sharding import gathered_bytes, group_sizes
 from diffalign.types import Batch, Cond, Encoder, ImageBatch, PairBatch
 from diffalign.workload import Evaluations
-
-PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +57,8 @@ class Encoding:
     prompt_flop: int
     weights: int
     """Bytes of VAE and text encoders."""
+    largest: int
+    """Of the largest of them."""
     peak: int
     """Most bytes at a time beside the weights, with `data.encode_batch_size` images."""
 
@@ -75,7 +76,7 @@ class Rehearsal:
     trainable: int
     """Parameters that training changes."""
     weights: int
-    """Of the denoiser, without adapters."""
+    """Of the denoiser, without adapters; rounded ones with their scales."""
     adapters: int
     """Trained and frozen ones."""
     second: int
@@ -127,6 +128,7 @@ def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Enco
         image_flop=flop // count,
         prompt_flop=prompt_flop,
         weights=sum(net_bytes(net) for net in (vae, *texts)),
+        largest=max(net_bytes(net) for net in (vae, *texts)),
         peak=memory.peak,
     )
 
@@ -178,7 +180,10 @@ def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluatio
         device: "cpu" or "cuda", which need not be there; they differ in mixed precision.
     """
     adapted = cfg.train.trainable == "lora"
-    net = _shaped(bare_net(cfg, family), cfg, family, device)
+    net = bare_net(cfg, family)
+    rounding = rounding_of(cfg, torch.device(device))
+    rounded = imitate(net, rounding)
+    net = _shaped(net, cfg, family, device)
     scheduler = load_scheduler_config(cfg.model)
     policy: Any = family.make_denoiser(net, scheduler, cfg.timesteps, context_of(cfg, family))
     compared = reference_kind(cfg) != "none"
@@ -188,6 +193,7 @@ def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluatio
     t = policy.path.sample_t(SampleRng(0, tuple(range(samples))))
     cast = autocast(device, PRECISIONS[cfg.train.precision])
     sizes = run_sizes(net, second)
+    sizes["weights"] -= spared_bytes(rounded, rounding)
     narrow = PRECISIONS[cfg.train.precision] if cfg.train.shard else None
     gathered = gathered_bytes(group_sizes(net, family.blocks), narrow or torch.float32) if cfg.train.shard else 0
     with fake_mode():
@@ -318,10 +324,16 @@ def measure(cfg: TrainConfig, family: Family, inputs: Encoding) -> Measured:
     adapted = cfg.train.trainable == "lora"
     net_class: Any = family.net_class()
     net = net_class.from_config(load_net_config(cfg.model, family)).eval().requires_grad_(not adapted)
+    rounding = rounding_of(cfg, device)
+    if rounding is not None:
+        swap_linears(net, rounding)
     if adapted:
         add_lora(net, cfg.lora, family.lora_targets, seed=cfg.seed)
     policy: Any = family.make_denoiser(
-        place_net(net, cfg, accelerator, adapted=adapted), _schedule(cfg), cfg.timesteps, context_of(cfg, family)
+        place_net(net, cfg, accelerator, adapted=adapted),
+        load_scheduler_config(cfg.model),
+        cfg.timesteps,
+        context_of(cfg, family),
     )
     kind = reference_kind(cfg)
     reference = None if kind == "none" else make_reference(policy, adapted=adapted, moves=kind in ("ema", "pool"))
@@ -350,10 +362,6 @@ def measure(cfg: TrainConfig, family: Family, inputs: Encoding) -> Measured:
         peak=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         device=device.type,
     )
-
-
-def _schedule(cfg: TrainConfig) -> Mapping[str, Any]:
-    return load_scheduler_config(cfg.model)
 
 
 def _batches(cfg: TrainConfig, inputs: Encoding) -> Iterator[Batch]:

@@ -29,6 +29,7 @@ from diffalign.errors import RunError
 from diffalign.fixed_draws import fixed_draws
 from diffalign.logbook import Logbook
 from diffalign.models.load import load_pipeline
+from diffalign.models.offload import placed
 from diffalign.models.policy import Reference
 from diffalign.pool import Pool
 from diffalign.progress import bar
@@ -188,9 +189,12 @@ def sample(this: Round, wanted: dict[Split, list[int]]) -> None:
     mine = pieces[parts.share.mine :: parts.share.of]
     if mine:
         this.folder.mkdir(parents=True, exist_ok=True)
-        sampler = Sampler(this)
+        sampler, offload = Sampler(this), parts.cfg.train.offload
         total, main = sum(len(rows) for _, rows in mine), parts.accelerator.is_main_process
-        with bar(f"sampling round {this.number}", total, shown=main) as shown:
+        with (
+            placed(sampler.pipeline, this.reference.net, offload=offload),
+            bar(f"sampling round {this.number}", total, shown=main) as shown,
+        ):
             for split, rows in mine:
                 made = [sampler.moments(split, some) for some in _split(rows, batch_size)]
                 sampler.save(split, rows, made)
@@ -212,8 +216,7 @@ class Sampler:
         self.dtype = torch.float32 if data.cache is False else getattr(torch, data.cache_dtype)
         self.shape = collator_of(self.parts).rows.latents([0], [0], "w")[0].shape[1:]
         components = ("vae", *self.parts.family.text)
-        pipeline = load_pipeline(self.parts.cfg.model, only=components, net=this.reference.net)
-        self.pipeline = pipeline.to(self.parts.accelerator.device)
+        self.pipeline = load_pipeline(self.parts.cfg.model, only=components, net=this.reference.net)
         self.parts.family.use_sampler(self.pipeline)
 
     @torch.no_grad()

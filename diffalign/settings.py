@@ -77,6 +77,12 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """How linear layers of the frozen network under a LoRA are stored: as loaded, LLM.int8, or NF4 (bitsandbytes). The
+    reference is the same network, so margins start at 0; what is exported is a LoRA for the weights as they were."""
+    offload: bool = False
+    """VAE, text encoders and judges wait on the CPU, and one at a time is on the device while it runs: slower where
+    images are sampled or a cache is built, the same at steps from a cache, which need none of them."""
     attention: Attention = "sdpa"
     """Kernel of attention, the same for policy and reference; "auto" measures which is the quickest here."""
     max_grad_norm: float = 1.0

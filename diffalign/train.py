@@ -156,7 +156,8 @@ def look(parts: Parts, phase: Phase, book: Logbook, step: int, rewards: RunningM
     cfg = parts.cfg
     if cfg.samples is not None and step % cfg.samples.every == 0 and parts.accelerator.is_main_process:
         with exported_weights(parts):
-            save_grid(parts.folder / "samples", step, cfg.model, parts.family, parts.net, cfg.samples)
+            place, offload = parts.folder / "samples", cfg.train.offload
+            save_grid(place, step, cfg.model, parts.family, parts.net, cfg.samples, offload=offload)
     wanted = False
     if parts.guard is not None and parts.guard.looks_at(step):
         with exported_weights(parts):

@@ -261,6 +261,7 @@ def test_changes_come_in_the_order_of_what_they_cost():
     found = [keys for keys, _, _ in leaner(cfg)]
     assert found == [
         ("data.encode_batch_size=1",),
+        ("train.offload=true",),
         ("train.gradient_checkpointing=true",),
         ("train.batch_size=3", "train.accumulate=2"),
         ("train.batch_size=2", "train.accumulate=3"),
@@ -271,7 +272,7 @@ def test_changes_come_in_the_order_of_what_they_cost():
     ]
     *_, (_, _, last) = leaner(cfg, gathered=True)
     assert (last.train.batch_size, last.train.accumulate, last.train.trainable) == (1, 6, "lora")
-    assert (last.train.precision, last.optimizer.name) == ("bf16", "adamw8bit")
+    assert (last.train.precision, last.train.quantize, last.optimizer.name) == ("bf16", "4bit", "adamw8bit")
     for keys, _, changed in leaner(cfg):
         table = config(Path("x"), train=train)
         for key in keys:

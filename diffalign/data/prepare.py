@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffalign.checkpoint import write_atomic
 from diffalign.data import cache
@@ -22,6 +22,7 @@ from diffalign.data.pairs import Counts, Dropped, PairReader, Row
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
 from diffalign.models.load import ModelSource, home, load_net_config, load_pipeline, load_vae_config
+from diffalign.models.offload import Turns
 from diffalign.paths import broadcast
 from diffalign.progress import bar
 from diffalign.shipped import MODELS, resolve
@@ -41,13 +42,21 @@ class Prepared:
 class Encoders:
     """VAE and text encoders of a pipeline, loaded when first used, so that a finished cache loads neither."""
 
-    def __init__(self, source: ModelSource, family: Family, device: torch.device, *, zeros: bool = False) -> None:
-        """With `zeros` the conditions of an empty prompt are zeros; networks are float32, as SDXL's VAE must be."""
+    def __init__(
+        self, source: ModelSource, family: Family, device: torch.device, *, zeros: bool = False, offload: bool = False
+    ) -> None:
+        """Networks are float32, as SDXL's VAE must be.
+
+        Args:
+            zeros: The conditions of an empty prompt are zeros.
+            offload: One network at a time is on the device, and none after `rest`.
+        """
         self.source = source
         self.family = family
         self.device = device
         self.zeros = zeros
         self._parts: dict[str, Any] = {}
+        self._turns = Turns(device) if offload else None
 
     @torch.no_grad()
     def images(
@@ -72,15 +81,27 @@ class Encoders:
         kept = torch.tensor([text != "" for text in texts])
         return Cond({name: tensor * broadcast(kept, tensor) for name, tensor in cond.tensors.items()})
 
+    def rest(self) -> None:
+        """Clears the device of networks that take turns there."""
+        if self._turns is not None:
+            self._turns.park()
+
     def free(self) -> None:
         """Lets go of the networks."""
         self._parts.clear()
+        if self._turns is not None:
+            self._turns.end()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _part(self, name: str, components: Sequence[str]) -> Any:
         if name not in self._parts:
-            self._parts[name] = load_pipeline(self.source, only=components).to(self.device)
+            pipeline = load_pipeline(self.source, only=components)
+            if self._turns is None:
+                pipeline.to(self.device)
+            else:
+                self._turns.add(p for p in pipeline.components.values() if isinstance(p, nn.Module))
+            self._parts[name] = pipeline
         return self._parts[name]
 
 

@@ -84,7 +84,7 @@ def make_denoiser(
 def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
     """Joined token states and pooled states of the text encoders, as the pipeline itself computes them."""
     texts = list(prompts)
-    options = {"device": pipeline.device, "do_classifier_free_guidance": False, **call_options(pipeline)}
+    options = {"device": pipeline._execution_device, "do_classifier_free_guidance": False, **call_options(pipeline)}
     with _width_known(pipeline):
         embeds, _, pooled, _ = pipeline.encode_prompt(prompt=texts, prompt_2=texts, prompt_3=texts, **options)
     return Cond({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})

@@ -135,7 +135,7 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
     """Token states of T5 and the pooled state of CLIP, as the pipeline itself computes them."""
     texts = list(prompts)
     embeds, pooled, _ = pipeline.encode_prompt(
-        prompt=texts, prompt_2=texts, device=pipeline.device, **call_options(pipeline)
+        prompt=texts, prompt_2=texts, device=pipeline._execution_device, **call_options(pipeline)
     )
     return Cond({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 

@@ -115,7 +115,7 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
     """States before the last layer of both text encoders, joined, and the pooled state of the second."""
     texts = list(prompts)
     embeds, _, pooled, _ = pipeline.encode_prompt(
-        prompt=texts, prompt_2=texts, device=pipeline.device, do_classifier_free_guidance=False
+        prompt=texts, prompt_2=texts, device=pipeline._execution_device, do_classifier_free_guidance=False
     )
     return Cond({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 

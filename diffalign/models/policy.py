@@ -22,6 +22,7 @@ from diffalign.models.lora import (
     start_from_lora,
     switched,
 )
+from diffalign.models.quantized import Rounding, swap_linears
 from diffalign.paths import TimestepSampling
 from diffalign.sharding import shard
 from diffalign.types import Denoiser
@@ -35,6 +36,7 @@ def load_policy(
     lora: LoraSettings | None,
     seed: int,
     context: Context | None = None,
+    rounding: Rounding | None = None,
 ) -> Any:
     """The denoiser to train: its parameters that require gradient are the adapter's, or all without `lora`.
 
@@ -42,13 +44,18 @@ def load_policy(
 
     Args:
         context: None is that of images of the model's own size.
+        rounding: Of the frozen network under `lora`; its layers are rounded when the network is placed.
     """
     if source.lora is not None and lora is not None:
         pipeline = load_pipeline(replace(source, lora=None), only=(family.net,))
         net = pipeline.components[family.net]
+        if rounding is not None:
+            swap_linears(net, rounding)
         start_from_lora(pipeline, net, family, source.lora, lora)
     else:
         net = load_net(source, family)
+        if lora is not None and rounding is not None:
+            swap_linears(net, rounding)
         if lora is not None:
             add_lora(net, lora, family.lora_targets, seed=seed)
         else:
@@ -139,9 +146,9 @@ def make_old(policy: Any, *, adapted: bool) -> Reference:
 
 
 def cast_frozen(net: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Stores the weights that are not trained in a smaller type; trained ones keep theirs."""
+    """Stores the weights that are not trained in a smaller type; trained and rounded ones keep theirs."""
     for parameter in net.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     for module in net.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -59,6 +59,7 @@ def make_online(
     context: Context,
     adapted: bool,
     device: torch.device,
+    offload: bool = False,
 ) -> OnlineParts:
     """The parts of an online run.
 
@@ -75,7 +76,7 @@ def make_online(
     return OnlineParts(
         settings=settings,
         prompts=found,
-        encoders=Encoders(source, family, device, zeros=zeros),
+        encoders=Encoders(source, family, device, zeros=zeros, offload=offload),
         scale=vae_scale(source),
         judges=None if settings.by_people else load_judges(settings),
         walk=make_walk(settings, needs, source),
