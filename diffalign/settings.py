@@ -20,6 +20,8 @@ class DataSettings(PairSource):
 
     resolution: int | None = None
     """Side in pixels; None takes the model's own."""
+    seconds: float | None = None
+    """Length of a clip, for models of sound, which need it."""
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     """Mirror pairs at random; falsifies captions that name a side."""
