@@ -348,6 +348,21 @@ def test_dragon_lowers_a_distance_of_sets_of_clips_and_survives_a_stop(world, tm
     assert same(weights(whole.folder, 2), weights(resumed.folder, 2))
 
 
+def test_in_bf16_with_recomputation_the_first_margin_is_exactly_0(world, tmp_path):
+    run = table(world, tmp_path / "run", train={"precision": "bf16", "gradient_checkpointing": True})
+    steps = [line for line in metrics(diffalign.train(run).folder) if "loss" in line]
+    assert steps[0]["rewards/margins"] == 0.0
+    assert steps[1]["rewards/margins"] != 0.0
+
+
+def test_a_reward_of_one_channel_says_so_of_a_stereo_model(world, tmp_path):
+    run = table(world, tmp_path / "run", name="stereo")
+    with pytest.raises(
+        InputError, match=r"audio\[0\] must be mono, shape \(1, samples\), for 'bands', got \(2, 19040\)"
+    ):
+        diffalign.train(run)
+
+
 def test_clips_on_disk_are_what_the_judges_heard(world, tmp_path):
     from tests.audio_rewards import RATE, Loudness
 
