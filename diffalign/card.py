@@ -20,13 +20,14 @@ def model_card(
     """README.md of an export, with the YAML header that the hub reads."""
     lora = cfg.train.trainable == "lora"
     name = table["method"]["name"]
-    tags = ["diffalign", "diffusers", "text-to-image", "preference-alignment", name, *(["lora"] if lora else [])]
+    tag = f"text-to-{family.modality}"
+    tags = ["diffalign", "diffusers", tag, "preference-alignment", name, *(["lora"] if lora else [])]
     header = "\n".join(
         [
             "---",
             f"base_model: {json.dumps(cfg.model.path)}",
             "library_name: diffusers",
-            "pipeline_tag: text-to-image",
+            f"pipeline_tag: {tag}",
             "tags:",
             *[f"- {tag}" for tag in tags],
             "---",

@@ -327,4 +327,27 @@ def context_of(config: TrainConfig, family: Family) -> Context:
         InputError: The config asks for what the family does not have.
     """
     check_conditions(family, empty_prompt=config.data.empty_prompt, sizes=config.data.sizes)
-    return load_context(config.model, family, resolution=config.data.resolution, guidance=config.train.guidance)
+    if family.modality != "image":
+        _check_without_images(config, family)
+    return load_context(
+        config.model,
+        family,
+        resolution=config.data.resolution,
+        seconds=config.data.seconds,
+        guidance=config.train.guidance,
+    )
+
+
+def _check_without_images(config: TrainConfig, family: Family) -> None:
+    """Data on disk, grids and the guard are of images."""
+    if config.online is None:
+        raise InputError(
+            f"config.method must be one on prompts with the family {family.name!r}, since data are read as images; got "
+            f"{method_name(config.method)!r}; take one that makes its own samples, such as 'dragon' or 'ddpo'"
+        )
+    for name, section in (("samples", config.samples), ("guard", config.guard)):
+        if section is not None:
+            raise InputError(
+                f"config.{name} must be left out with the family {family.name!r}, which makes no images; its samples "
+                "lie in the run's rounds/"
+            )

@@ -50,7 +50,7 @@ def _begin(this: OwnRound, book: Logbook) -> Phase:
         tidy(this)
     parts.accelerator.wait_for_everyone()
     _move_models(this)
-    store = Store(this.folder, this.entries(), online.settings.batch_size)
+    store = Store(this.folder, this.entries(), online.settings.batch_size, online.medium)
     cond, uncond = _conditions(this, store)
     sample(this, store, cond, uncond)
     sampled = time.monotonic()

@@ -50,10 +50,10 @@ def _labels(this: OwnRound, store: Store) -> Float[Tensor, " n"]:
         if this.parts.accelerator.is_main_process and not template.is_file():
             write_template(template, names)
         raise RunError(
-            f"round {this.number} waits for people: label the {len(names)} images of {store.folder / 'images'} in "
+            f"round {this.number} waits for people: label the {len(names)} {store.medium.folder} of {store.media} in "
             f"{file} (start from {template.name}), and run the same command with resume=latest"
         )
-    found = read_labels(file, names, store.folder / "images").mean
+    found = read_labels(file, names, store.media, suffix=store.medium.suffix).mean
     return torch.tensor([found.get(name, float("nan")) for name in names], dtype=torch.float64)
 
 

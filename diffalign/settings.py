@@ -30,6 +30,8 @@ class DataSettings(PairSource):
     """Shortest side of a bucket (min_bucket_reso); None is half the resolution, in whole steps."""
     bucket_max: int | None = None
     """Longest side of a bucket (max_bucket_reso); None is twice the resolution."""
+    seconds: float | None = None
+    """Length of a clip, for models of sound, which need it."""
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     """Mirror pairs at random; falsifies captions that name a side."""

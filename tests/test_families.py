@@ -389,6 +389,14 @@ def test_the_refiner_is_not_sampled_from_noise(world):
         list(generate(pipeline, FAMILIES["sdxl_refiner"], TEXTS, steps=2))
 
 
+def test_a_vae_whose_config_says_no_scale_has_that_of_its_class(world, tmp_path):
+    """As in stable-diffusion-v1-5, whose config was written before there was the entry."""
+    worlds.sd(tmp_path / "old")
+    file = tmp_path / "old" / "vae" / "config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "scaling_factor"}))
+    assert vae_scale(ModelSource(path=str(tmp_path / "old"))).scale == 0.18215
+
+
 # --- PixArt
 
 

@@ -221,6 +221,78 @@ def flux_schnell(folder: Path, seed: int = 0) -> Path:
     return flux(folder, seed, guided=False)
 
 
+def gemma(width: int) -> tuple[Any, Any]:
+    """A two-layer T5Gemma encoder and its tokenizer: pieces of one letter."""
+    from transformers import GemmaTokenizer, T5GemmaConfig, T5GemmaEncoderModel
+    from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    pieces = [*special, "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789"]
+    module = T5GemmaModuleConfig(
+        vocab_size=len(pieces), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=64, sliding_window=64,
+        query_pre_attn_scalar=8, layer_types=["full_attention"] * 2, initializer_range=0.3,
+    ).to_dict()  # fmt: skip
+    config = T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False, vocab_size=len(pieces))
+    tokens = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=24)
+    return T5GemmaEncoderModel(config).eval(), tokens
+
+
+def stable_audio_3(folder: Path, seed: int = 0, *, channels: int = 1, scale: int = 1, distilled: bool = False) -> Path:
+    """A random StableAudio3Pipeline: clips of up to 4 s at 16 kHz, 8 latents for every 256 samples.
+
+    `scale` is what the network is told t times; `distilled` is the sampler of checkpoints of 8 steps.
+    """
+    from diffusers import (
+        AutoencoderSAME,
+        FlowMatchEulerDiscreteScheduler,
+        StableAudio3DiTModel,
+        StableAudio3Pipeline,
+    )
+    from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
+
+    torch.manual_seed(seed)
+    encoder, pieces = gemma(16)
+    vae = AutoencoderSAME(
+        audio_channels=channels,
+        patch_size=32,
+        encoder_channels=8,
+        encoder_c_mults=(4,),
+        encoder_strides=(8,),
+        encoder_transformer_depths=(1,),
+        latent_dim=8,
+        dim_heads=16,
+        ff_mult=2,
+        sampling_rate=16_000,
+    ).eval()
+    transformer = StableAudio3DiTModel(
+        io_channels=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        cond_token_dim=16,
+        global_cond_dim=16,
+        local_add_cond_dim=9,
+        timestep_features_dim=16,
+        ff_mult=2.0,
+        num_memory_tokens=3,
+    ).eval()
+    for net in (vae, transformer):  # the usual start of either is nearly silent
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    pipeline = StableAudio3Pipeline(
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=pieces,
+        duration_embedder=StableAudio3DurationEmbedder(output_dim=16, fourier_dim=16, max_val=4.0),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=scale, stochastic_sampling=distilled),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def dit(folder: Path, seed: int = 0) -> Path:
     """A random DiTPipeline of 1000 classes, of which WORDS have names: 16x16 images, 8x8x4 latents."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel

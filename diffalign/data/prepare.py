@@ -19,7 +19,8 @@ from diffalign.data.batches import CachedRows, LatentScale, LiveRows, Marks, Row
 from diffalign.data.cache import CacheReader, Share
 from diffalign.data.images import Preprocessing
 from diffalign.data.pairs import Counts, Dropped, PairReader, Row
-from diffalign.denoisers import Family
+from diffalign.denoisers import Context, Family
+from diffalign.denoisers.family import PLAIN
 from diffalign.errors import InputError
 from diffalign.models.load import ModelSource, home, load_net_config, load_pipeline, load_vae_config
 from diffalign.models.offload import Turns
@@ -43,18 +44,27 @@ class Encoders:
     """VAE and text encoders of a pipeline, loaded when first used, so that a finished cache loads neither."""
 
     def __init__(
-        self, source: ModelSource, family: Family, device: torch.device, *, zeros: bool = False, offload: bool = False
+        self,
+        source: ModelSource,
+        family: Family,
+        device: torch.device,
+        *,
+        zeros: bool = False,
+        offload: bool = False,
+        context: Context = PLAIN,
     ) -> None:
         """Networks are float32, as SDXL's VAE must be.
 
         Args:
             zeros: The conditions of an empty prompt are zeros.
             offload: One network at a time is on the device, and none after `rest`.
+            context: How large what is made is, for families that tell it with the prompt.
         """
         self.source = source
         self.family = family
         self.device = device
         self.zeros = zeros
+        self.context = context
         self._parts: dict[str, Any] = {}
         self._turns = Turns(device) if offload else None
 
@@ -68,14 +78,14 @@ class Encoders:
         return posterior.mean, posterior.std
 
     @torch.no_grad()
-    def decode(self, x_0: Float[Tensor, "b c h w"], scale: LatentScale) -> Float[Tensor, "b 3 height width"]:
-        """Images in [0, 1] of clean latents as the denoiser has them."""
+    def decode(self, x_0: Float[Tensor, "b c h w"], scale: LatentScale) -> Float[Tensor, " b *rest"]:
+        """Images in [0, 1], or waveforms in [-1, 1], of clean latents as the denoiser has them."""
         vae = self._part("vae", ("vae",)).vae
-        return (vae.decode(x_0.to(self.device) / scale.scale + scale.shift).sample / 2 + 0.5).clamp(0, 1)
+        return self.family.decode(vae, x_0.to(self.device) / scale.scale + scale.shift, self.context)
 
     def prompts(self, texts: Sequence[str]) -> Cond:
         """Conditions of prompts, on the CPU."""
-        cond = self.family.encode_prompts(self._part("text", self.family.text), texts).to("cpu")
+        cond = self.family.encode_prompts(self._part("text", self.family.text), texts, self.context).to("cpu")
         if not self.zeros:
             return cond
         kept = torch.tensor([text != "" for text in texts])
@@ -106,14 +116,14 @@ class Encoders:
 
 
 def vae_scale(source: ModelSource) -> LatentScale:
-    """Scaling constants of the VAE's config."""
+    """Scaling constants of the VAE's config; a class without them gives latents as the denoiser has them."""
     config = load_vae_config(source)
     if config.get("latents_mean") is not None:
         raise InputError(
             "vae.config.latents_mean must be absent, got a mean and a deviation per channel, as no known family has; "
             "name another model.vae"
         )
-    return LatentScale(scale=float(config["scaling_factor"]), shift=float(config.get("shift_factor") or 0.0))
+    return LatentScale(scale=float(config.get("scaling_factor", 1.0)), shift=float(config.get("shift_factor") or 0.0))
 
 
 def check_conditions(family: Family, *, empty_prompt: str, sizes: str) -> None:

@@ -68,7 +68,7 @@ def make_denoiser(
     return ClassDiTDenoiser(net=net, path=path, prediction=prediction)
 
 
-def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
+def encode_prompts(pipeline: Any, prompts: Sequence[str], context: Context = PLAIN) -> Cond:
     """Numbers of the classes that prompts name.
 
     Raises:

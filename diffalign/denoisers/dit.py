@@ -81,7 +81,7 @@ def make_denoiser(
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
+def encode_prompts(pipeline: Any, prompts: Sequence[str], context: Context = PLAIN) -> Cond:
     """Joined token states and pooled states of the text encoders, as the pipeline itself computes them."""
     texts = list(prompts)
     options = {"device": pipeline._execution_device, "do_classifier_free_guidance": False, **call_options(pipeline)}

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from diffalign.denoisers.kohya import Adapter
 from diffalign.errors import InputError
-from diffalign.paths import DDPMPath, Prediction, TimestepSampling
-from diffalign.types import Cond, Denoiser
+from diffalign.paths import DDPMPath, Distribution, Prediction, TimestepSampling
+from diffalign.types import Cond, Denoiser, Modality
 
 DDPM_PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
 
@@ -22,14 +22,20 @@ VAE_IN_FILE = ("first_stage_model.", "vae.")
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a denoiser must know beside its network and its schedule."""
+    """What a denoiser must know beside its network and its schedule: how large what it makes is."""
 
     vae_factor: int = 8
-    """Pixels of an image per latent, along a side."""
+    """Pixels of an image per latent, along a side; samples of a clip per frame of latents."""
     resolution: int = 512
     """Side in pixels of the images that are trained on."""
     guidance: float | None = None
     """What a network with a guidance embedding is told; None is the family's own."""
+    seconds: float | None = None
+    """Length of a clip; None where images are made."""
+    sample_rate_hz: int | None = None
+    """Of a clip."""
+    latents: tuple[int, int, int] = (4, 64, 64)
+    """Channels, height and width; of a clip channels, frames and 1."""
 
 
 PLAIN = Context()
@@ -48,6 +54,45 @@ class MakeDenoiser(Protocol):
     ) -> Denoiser:
         """`timesteps` None takes the family's own sampling of t."""
         ...
+
+
+Configs = Callable[[str], Mapping[str, Any]]
+"""Config of a component, by its name in the pipeline."""
+
+
+@runtime_checkable
+class Size(Protocol):
+    """From what a config asks for to the size of what is made, by the configs of the model's components."""
+
+    def __call__(self, family: "Family", configs: Configs, *, resolution: int | None, seconds: float | None) -> Context:
+        """None is the model's own; what the family does not have, or cannot make, is an InputError."""
+        ...
+
+
+def image_size(family: "Family", configs: Configs, *, resolution: int | None, seconds: float | None) -> Context:
+    """Squares of pixels.
+
+    Raises:
+        InputError: The side is no whole number of tokens, or a length is asked for.
+    """
+    if seconds is not None:
+        raise InputError(
+            f"config.data.seconds must be left out with the family {family.name!r}, which makes images; got {seconds}"
+        )
+    factor = int(2 ** (len(configs("vae")["block_out_channels"]) - 1))
+    channels, native, _ = family.latent_shape(configs(family.net))
+    side = resolution or native * factor
+    if side % (factor * family.patch):
+        token = f", {factor} pixels a latent and {family.patch} latents a token" if family.patch > 1 else ""
+        raise InputError(
+            f"config.data.resolution must be a multiple of {factor * family.patch} with this model{token}; got {side}"
+        )
+    return Context(vae_factor=factor, resolution=side, latents=(channels, side // factor, side // factor))
+
+
+def decode_images(vae: Any, z: Float[Tensor, "b c h w"], context: Context) -> Float[Tensor, "b 3 _h _w"]:
+    """RGB in [0, 1]."""
+    return (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
 
 
 def native_latents(config: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -104,15 +149,43 @@ def flow_config(name: str, scheduler: Mapping[str, Any]) -> Any:
     return FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler)).config
 
 
-def flow_sampling(timesteps: TimestepSampling | None) -> TimestepSampling:
-    """Logit-normal t where nothing else is named.
+def flow_sampling(timesteps: TimestepSampling | None, default: Distribution = "logit_normal") -> TimestepSampling:
+    """t by the family's own distribution where nothing else is named.
 
     Raises:
         InputError: A number of levels, which only discrete schedules have.
     """
     if timesteps is not None and timesteps.levels is not None:
         raise InputError(f"timesteps.levels must be left out on a flow, whose t is continuous; got {timesteps.levels}")
-    return (timesteps or TimestepSampling()).resolved("logit_normal")
+    return (timesteps or TimestepSampling()).resolved(default)
+
+
+@runtime_checkable
+class EncodePrompts(Protocol):
+    """From prompts to conditions, one row a prompt, without gradient."""
+
+    def __call__(self, pipeline: Any, prompts: Sequence[str], context: Context = PLAIN) -> Cond:
+        """`pipeline` holds its text components."""
+        ...
+
+
+@runtime_checkable
+class Make(Protocol):
+    """Sampling for pipelines whose call is not that of a pipeline of images."""
+
+    def __call__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        latents: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        decoded: bool,
+        context: Context,
+    ) -> Tensor:
+        """What the pipeline makes of standard normal noise: media, or latents as the denoiser has them."""
+        ...
 
 
 @runtime_checkable
@@ -148,8 +221,7 @@ class Family:
     blocks: tuple[str, ...]
     """Classes of its modules that hold most of its weights and are many: what is sharded block by block."""
     make_denoiser: MakeDenoiser
-    encode_prompts: Callable[[Any, Sequence[str]], Cond]
-    """(pipeline with its text components, prompts) -> conditions, one row a prompt, without gradient."""
+    encode_prompts: EncodePrompts
     use_sampler: Callable[[Any], None]
     """Puts the deterministic sampler of the evaluation protocol into a pipeline."""
     call_options: Callable[[Any], dict[str, Any]] = lambda pipeline: {}
@@ -166,6 +238,15 @@ class Family:
     """(adapted network, its LoRA by module) -> the file of kohya-ss/sd-scripts; None where it has no such models."""
     in_file: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Component -> how names of its weights start in a checkpoint of one file, as the model's authors lay it out."""
+    modality: Modality = "image"
+    """What its samples are."""
+    size: Size = image_size
+    decode: Callable[[Any, Tensor, Context], Tensor] = decode_images
+    """(VAE, its latents, their size) -> samples: RGB in [0, 1], or waveforms in [-1, 1]."""
+    levels: Callable[[int], Sequence[float]] | None = None
+    """Moves -> levels of noise of the stock sampler before its scheduler's shift, where the pipeline has its own."""
+    make: Make | None = None
+    """In place of the call of a pipeline of images."""
     latent_shape: Callable[[Mapping[str, Any]], tuple[int, int, int]] = native_latents
     """Config of the trained network -> (channels, height, width) of the latents it was made for."""
     patch: int = 1
@@ -198,13 +279,19 @@ class Family:
         steps: int,
         guidance: float,
         decoded: bool = True,
-    ) -> Float[Tensor, "b _c _h _w"]:
-        """Images of prompts from given noise, by the pipeline: RGB in [0, 1], or latents as the denoiser has them.
+        context: Context = PLAIN,
+    ) -> Float[Tensor, " b *rest"]:
+        """Samples of prompts from given noise, by the pipeline: media, or latents as the denoiser has them.
 
         Args:
             pipeline: With its sampler in place.
             latents: Standard normal noise, on the pipeline's device.
+            context: Says how long a clip is; where it does not, all frames of the noise are heard.
         """
+        if self.make is not None:
+            return self.make(
+                pipeline, prompts, latents, steps=steps, guidance=guidance, decoded=decoded, context=context
+            )
         if self.own_loop is not None:
             made = self.own_loop(pipeline, prompts, latents, steps=steps, guidance=guidance)
             if not decoded:

@@ -131,7 +131,7 @@ def shift_of(config: Any, tokens: int) -> float:
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
+def encode_prompts(pipeline: Any, prompts: Sequence[str], context: Context = PLAIN) -> Cond:
     """Token states of T5 and the pooled state of CLIP, as the pipeline itself computes them."""
     texts = list(prompts)
     embeds, pooled, _ = pipeline.encode_prompt(

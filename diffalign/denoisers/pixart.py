@@ -86,7 +86,7 @@ def make_denoiser(
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
+def encode_prompts(pipeline: Any, prompts: Sequence[str], context: Context = PLAIN) -> Cond:
     """Token states of T5 with their mask, 120 tokens for alpha and 300 for Sigma, as the pipeline computes them."""
     embeds, mask, _, _ = pipeline.encode_prompt(
         list(prompts), do_classifier_free_guidance=False, device=pipeline._execution_device, **_TEXT

@@ -111,7 +111,7 @@ def make_denoiser(
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
+def encode_prompts(pipeline: Any, prompts: Sequence[str], context: Context = PLAIN) -> Cond:
     """States before the last layer of both text encoders, joined, and the pooled state of the second."""
     texts = list(prompts)
     embeds, _, pooled, _ = pipeline.encode_prompt(

@@ -73,7 +73,7 @@ def make_denoiser(
 
 
 @torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: Sequence[str]) -> Cond:
+def encode_prompts(pipeline: Any, prompts: Sequence[str], context: Context = PLAIN) -> Cond:
     """Last hidden states of the text encoder, as the pipeline itself computes them."""
     embeds, _ = pipeline.encode_prompt(list(prompts), pipeline._execution_device, 1, False)
     return Cond({"prompt_embeds": embeds})

@@ -20,6 +20,9 @@ _FACES = (
     "caption_channels",
     "num_embeds_ada_norm",
     "guidance_embeds",
+    "io_channels",
+    "cond_token_dim",
+    "global_cond_dim",
 )
 """Entries of a config that say what a network takes and gives."""
 

@@ -5,7 +5,7 @@ Only safetensors are read. Nothing is loaded that was not asked for: training fr
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,13 +205,18 @@ def load_vae(place: str) -> Any:
 
 
 def load_vae_config(source: ModelSource) -> dict[str, Any]:
-    """Scaling constants and sizes of the VAE, without its weights."""
+    """Scaling constants and sizes of the VAE, without its weights; what is left out is its class's default."""
+    import diffusers
     from diffusers import AutoencoderKL
 
     where, path = ("model.vae", resolve(source.vae, MODELS)) if source.vae else home(source)
     subfolder = "vae" if source.vae is None or (Path(path) / "vae").is_dir() else None
     with one_line(where, path):
-        return dict(AutoencoderKL.load_config(path, subfolder=subfolder, revision=source.revision))
+        config = dict(AutoencoderKL.load_config(path, subfolder=subfolder, revision=source.revision))
+    name = config.get("_class_name", "AutoencoderKL")
+    if name not in dir(diffusers):
+        raise InputError(f"{where} must have a VAE of Diffusers' own classes, got {path!r} with {name!r}")
+    return {**_defaults(getattr(diffusers, name)), **config}
 
 
 def load_net_config(source: ModelSource, family: Family) -> dict[str, Any]:
@@ -219,9 +224,13 @@ def load_net_config(source: ModelSource, family: Family) -> dict[str, Any]:
     where, path = home(source)
     with one_line(where, path):
         cls: Any = family.net_class()
-        named = {p.name: p.default for p in inspect.signature(cls.__init__).parameters.values()}
-        defaults = {k: v for k, v in named.items() if v is not inspect.Parameter.empty}
-        return {**defaults, **cls.load_config(path, subfolder=family.net, revision=source.revision)}
+        return {**_defaults(cls), **cls.load_config(path, subfolder=family.net, revision=source.revision)}
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """What a class of Diffusers takes where its config says nothing."""
+    named = {p.name: p.default for p in inspect.signature(cls).parameters.values()}
+    return {k: v for k, v in named.items() if v is not inspect.Parameter.empty}
 
 
 def vae_factor(source: ModelSource) -> int:
@@ -235,35 +244,53 @@ def native_resolution(source: ModelSource, family: Family) -> int:
 
 
 def load_context(
-    source: ModelSource, family: Family, *, resolution: int | None = None, guidance: float | None = None
+    source: ModelSource,
+    family: Family,
+    *,
+    resolution: int | None = None,
+    seconds: float | None = None,
+    guidance: float | None = None,
 ) -> Context:
-    """What the denoiser is told of images of this side, in pixels; None is the side that the model was made for.
+    """What the denoiser is told of images of this side, in pixels, or of clips of this length.
+
+    Args:
+        resolution: None is the side that the model was made for.
 
     Raises:
-        InputError: The side is no whole number of tokens, or a guidance is given to a network that is told none.
+        InputError: The model does not make that, or a guidance is given to a network that is told none.
     """
+    from diffusers import AutoencoderKL
+
     if guidance is not None and not family.told_guidance:
         raise InputError(
             f"config.train.guidance must be left out with the family {family.name!r}, whose network is told none; "
             f"got {guidance}"
         )
-    factor = vae_factor(source)
-    side = resolution or native_resolution(source, family)
-    if side % (factor * family.patch):
-        token = f", {factor} pixels a latent and {family.patch} latents a token" if family.patch > 1 else ""
+    if source.vae is not None and family.modality != "image":
         raise InputError(
-            f"config.data.resolution must be a multiple of {factor * family.patch} with this model{token}; got {side}"
+            f"config.model.vae must be left out with the family {family.name!r}, whose VAE is no AutoencoderKL; got "
+            f"{source.vae!r}"
         )
-    return Context(vae_factor=factor, resolution=side, guidance=guidance)
+
+    def configs(name: str) -> dict[str, Any]:
+        known = {"vae": lambda: load_vae_config(source), family.net: lambda: load_net_config(source, family)}
+        return known[name]() if name in known else _load_config(AutoencoderKL, source, name)
+
+    return replace(family.size(family, configs, resolution=resolution, seconds=seconds), guidance=guidance)
 
 
 def load_scheduler_config(source: ModelSource) -> dict[str, Any]:
     """The folder's scheduler config."""
     from diffusers import DDPMScheduler
 
+    return _load_config(DDPMScheduler, source, "scheduler")
+
+
+def _load_config(cls: Any, source: ModelSource, name: str) -> dict[str, Any]:
+    """The config of a component as it lies in its folder; `cls` knows the name of its file."""
     where, path = home(source)
     with one_line(where, path):
-        return dict(DDPMScheduler.load_config(path, subfolder="scheduler", revision=source.revision))
+        return dict(cls.load_config(path, subfolder=name, revision=source.revision))
 
 
 def _component(cls: Any, source: ModelSource, path: str, subfolder: str | None, where: str = "model.path") -> Any:

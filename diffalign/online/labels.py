@@ -33,13 +33,14 @@ class Labels:
     annotators: int
 
 
-def read_labels(file: Path, ids: Sequence[str], folder: Path, *, partial: bool = False) -> Labels:
+def read_labels(file: Path, ids: Sequence[str], folder: Path, *, partial: bool = False, suffix: str = ".png") -> Labels:
     """Means of the labels in a file.
 
     Args:
         ids: Of all images of the round, `<prompt_id>-<number>`, those of a prompt in the order that they were shown in.
-        folder: Where the images lie, as `<id>.png`.
+        folder: Where the images lie, as `<id><suffix>`.
         partial: Images without a label are left out and counted; False takes them for an error.
+        suffix: Of the images, or of the clips.
 
     Raises:
         InputError: No such file, not one label in it, a line that is not JSON or has other keys, an image that is not
@@ -59,7 +60,7 @@ def read_labels(file: Path, ids: Sequence[str], folder: Path, *, partial: bool =
         for image, value in _entries(row, prompts, given, where):
             if value is not None:
                 _check_new(given[image].get(annotator), image, annotator, where)
-                _check_image(image, folder, where)
+                _check_image(image, folder / f"{image}{suffix}", where)
                 given[image][annotator] = _Given(line, _number(value, image, where))
     mean = {image: _mean([g.label for g in by.values()]) for image, by in given.items() if by}
     _check_whole(file, ids, mean, partial)
@@ -162,9 +163,9 @@ def _check_new(earlier: _Given | None, image: str, annotator: str, where: str) -
         )
 
 
-def _check_image(image: str, folder: Path, where: str) -> None:
-    if not (folder / f"{image}.png").is_file():
-        raise InputError(f"{where}: image {image!r} must be on disk, got no file {str(folder / f'{image}.png')!r}")
+def _check_image(image: str, file: Path, where: str) -> None:
+    if not file.is_file():
+        raise InputError(f"{where}: image {image!r} must be on disk, got no file {str(file)!r}")
 
 
 def _check_whole(file: Path, ids: Sequence[str], mean: dict[str, float], partial: bool) -> None:

@@ -1,5 +1,6 @@
 """What an online run is made of beside its policy: prompts, encoders, judges, the walk that samples."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from diffalign.data.prepare import Encoders, vae_scale
 from diffalign.data.prompts import PromptSet, read_prompts
 from diffalign.denoisers import Context, Family
 from diffalign.errors import InputError
-from diffalign.models.load import ModelSource, load_net_config, load_scheduler_config
+from diffalign.evaluate.media import Medium, medium_of
+from diffalign.models.load import ModelSource, load_scheduler_config
 from diffalign.models.policy import Reference, make_old
 from diffalign.online.scoring import Judges, load_judges
 from diffalign.online.settings import KernelSettings, OnlineSettings
@@ -29,11 +31,13 @@ class OnlineParts:
     prompts: PromptSet
     encoders: Encoders
     scale: LatentScale
+    medium: Medium
+    """What samples are, as files and as judges take them."""
     judges: Judges | None
     """None: people judge."""
     walk: KernelWalk
     shape: tuple[int, int, int]
-    """Channels, height and width of latents."""
+    """Channels, height and width of latents; of clips channels, frames and 1."""
     old: Reference | None
     """The policy that samples, where it is another than the one that is trained."""
 
@@ -72,21 +76,31 @@ def make_online(
             f"data.path must hold at least the {settings.prompts} prompts of a round, got {len(found)}; lower "
             "online.prompts"
         )
-    factor, channels = context.vae_factor, family.latent_shape(load_net_config(source, family))[0]
+    medium = medium_of(family.modality, context, heard_hz=settings.heard_hz, mono=settings.mono)
     return OnlineParts(
         settings=settings,
         prompts=found,
-        encoders=Encoders(source, family, device, zeros=zeros, offload=offload),
+        encoders=Encoders(source, family, device, zeros=zeros, offload=offload, context=context),
         scale=vae_scale(source),
-        judges=None if settings.by_people else load_judges(settings),
-        walk=make_walk(settings, needs, source),
-        shape=(channels, context.resolution // factor, context.resolution // factor),
+        medium=medium,
+        judges=None if settings.by_people else load_judges(settings, medium),
+        walk=make_walk(settings, needs, source, levels=family.levels),
+        shape=context.latents,
         old=make_old(policy, adapted=adapted) if needs.old else None,
     )
 
 
-def make_walk(settings: OnlineSettings, needs: Needs, source: ModelSource) -> KernelWalk:
+def make_walk(
+    settings: OnlineSettings,
+    needs: Needs,
+    source: ModelSource,
+    *,
+    levels: Callable[[int], Sequence[float]] | None = None,
+) -> KernelWalk:
     """The walk that samples, and for methods on moves is trained on.
+
+    Args:
+        levels: Those of the stock sampler, of a family that has its own.
 
     Raises:
         InputError: A kernel that is not for this model, one without noise where log-probs are needed, or a window that
@@ -102,7 +116,7 @@ def make_walk(settings: OnlineSettings, needs: Needs, source: ModelSource) -> Ke
     chosen = choose_kernel(
         settings.kernel, flows=str(config.get("_class_name", "")).startswith("FlowMatch"), on_moves=on_moves
     )
-    schedule = make_schedule(chosen.name, config, settings.steps, table=settings.table)
+    schedule = make_schedule(chosen.name, config, settings.steps, table=settings.table, sigmas=levels)
     noisy = noisy_steps(chosen, schedule)
     if on_moves and not noisy:
         raise InputError(

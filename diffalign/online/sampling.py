@@ -29,8 +29,8 @@ def sample_part(
     window: range | None,
     device: torch.device,
     autocast: Autocast,
-) -> tuple[Trajectory, Float[Tensor, "b 3 height width"]]:
-    """One batch of a round: the way to its images, and the images in [0, 1].
+) -> tuple[Trajectory, Float[Tensor, " b *rest"]]:
+    """One batch of a round: the way to its images, and the images in [0, 1], or its clips in [-1, 1].
 
     Args:
         cond: Of the round's prompts, by their place.
@@ -56,7 +56,10 @@ def sample_part(
     images = online.encoders.decode(walked.x_0, online.scale)
     bad = [entry.id for entry, image in zip(entries, images, strict=True) if not image.isfinite().all()]
     if bad:
-        raise RunError(f"images of a round must be finite, got others for {bad}; their latents are, so look at the VAE")
+        raise RunError(
+            f"{online.medium.folder} of a round must be finite, got others for {bad}; their latents are, so look at "
+            "the VAE"
+        )
     return walked, images
 
 

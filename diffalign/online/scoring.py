@@ -12,10 +12,11 @@ from torch import Tensor
 
 from diffalign import rewards
 from diffalign.errors import InputError, RunError
-from diffalign.evaluate.score import batches, check_valid, columns_of, image_files, read_image
+from diffalign.evaluate.media import PICTURES, Medium
+from diffalign.evaluate.score import check_valid, columns_of
 from diffalign.online.settings import OnlineSettings
 from diffalign.online.store import Entry, Store
-from diffalign.types import Embedded, Reward, RewardBatch, SetReward
+from diffalign.types import Embedded, Reward, SetReward
 
 PEOPLE = "people"
 """Under which name the means of people's labels stand among the scores."""
@@ -29,6 +30,7 @@ class Judges:
     weights: Mapping[str, float]
     """By reward."""
     of_sets: SetReward | None = None
+    medium: Medium = PICTURES
 
     def to(self, device: torch.device | str) -> None:
         """Moves what holds a network."""
@@ -38,12 +40,11 @@ class Judges:
             self.of_sets.to(device)
 
     def judge(
-        self, images: Float[Tensor, "b 3 height width"], entries: Sequence[Entry]
+        self, images: Float[Tensor, " b *rest"], entries: Sequence[Entry]
     ) -> tuple[dict[str, list[float]], Embedded | None]:
-        """(scores by reward, the images in the space of the set reward)."""
-        seen = ((images.clamp(0, 1) * 255).round() / 255).contiguous()  # as on disk, and in one layout
-        asked = RewardBatch(
-            images=seen, prompts=[e.prompt for e in entries], metadata=[dict(e.metadata) for e in entries]
+        """(scores by reward, the images or clips in the space of the set reward)."""
+        asked = self.medium.asked(
+            self.medium.stored(images), [e.prompt for e in entries], [dict(e.metadata) for e in entries]
         )
         scores = {}
         for reward in self.pointwise:
@@ -54,11 +55,12 @@ class Judges:
         return scores, None if self.of_sets is None else self.of_sets.embed(asked)
 
 
-def load_judges(settings: OnlineSettings) -> Judges:
-    """The rewards of a config.
+def load_judges(settings: OnlineSettings, medium: Medium = PICTURES) -> Judges:
+    """The rewards of a config, which judge what the model makes.
 
     Raises:
-        InputError: An unknown reward, two of one name, or a set reward without the reference that it needs.
+        InputError: An unknown reward, two of one name, one of other media, or a set reward without the reference that
+            it needs.
     """
     pointwise = tuple(rewards.load(spec) for spec in settings.rewards)
     names = [reward.name for reward in pointwise]
@@ -66,40 +68,42 @@ def load_judges(settings: OnlineSettings) -> Judges:
     if twice:
         raise InputError(f"online.rewards must have names of their own, got {twice[0]!r} twice")
     for reward in pointwise:
-        check_takes(reward, "online.rewards")
+        check_takes(reward, "online.rewards", medium)
     weights = dict(zip(names, settings.weights or (1.0,) * len(names), strict=True))
-    return Judges(pointwise=pointwise, weights=weights, of_sets=_set_reward(settings))
+    return Judges(pointwise=pointwise, weights=weights, of_sets=_set_reward(settings, medium), medium=medium)
 
 
-def check_takes(reward: Reward, where: str) -> None:
-    """Raises InputError for a reward, named at `where`, that looks at what a run does not have of its images."""
-    missing = sorted(reward.requires - {"images", "prompts", "metadata"})
-    if missing or reward.modality != "image":
+def check_takes(reward: Reward | SetReward, where: str, medium: Medium = PICTURES) -> None:
+    """Raises InputError for a reward, named at `where`, that looks at what a run does not have of its samples."""
+    missing = sorted(reward.requires - medium.fields - {"prompts", "metadata"})
+    if missing or reward.modality != medium.modality:
         what = f"{missing[0]}" if missing else reward.modality
-        raise InputError(f"{where} must judge images and prompts alone, got {reward.name!r}, which also needs {what}")
+        raise InputError(
+            f"{where} must judge {medium.folder} and prompts alone, got {reward.name!r}, which also needs {what}"
+        )
 
 
-def _set_reward(settings: OnlineSettings) -> SetReward | None:
+def _set_reward(settings: OnlineSettings, medium: Medium) -> SetReward | None:
     if settings.set_reward is None:
         return None
     found = rewards.load_set(settings.set_reward)
+    check_takes(found, "online.set_reward", medium)
     if settings.set_reference is None:
         if found.needs_reference:
             raise InputError(
                 f"online.set_reference must be there with set reward {found.name!r}, which compares with a reference; "
-                "name a folder of images, or statistics that `diffalign reference` wrote"
+                f"name a folder of {medium.folder}, or statistics that `diffalign reference` wrote"
             )
         return found
     place = Path(settings.set_reference)
     if place.suffix == ".safetensors":
         found.load_reference(place)
     elif place.is_dir():
-        found.fit_reference(
-            RewardBatch(images=stack) for stack in batches((read_image(f) for f in image_files(place)), 16)
-        )
+        found.fit_reference(medium.exemplars(place))
     else:
         raise InputError(
-            f"online.set_reference must be a folder of images or a .safetensors file, got {settings.set_reference!r}"
+            f"online.set_reference must be a folder of {medium.folder} or a .safetensors file, got "
+            f"{settings.set_reference!r}"
         )
     return found
 
@@ -115,7 +119,7 @@ class Scoring:
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
         self.waiting: list[Future[None]] = []
 
-    def submit(self, part: int, images: Float[Tensor, "b 3 height width"]) -> None:
+    def submit(self, part: int, images: Float[Tensor, " b *rest"]) -> None:
         """Scores a batch when those before it are scored; raises what one of them raised."""
         if self.judges is None:
             self.done(len(images))
@@ -124,7 +128,7 @@ class Scoring:
             self.waiting.pop(0).result()
         self.waiting.append(self.pool.submit(self._score, self.judges, part, images))
 
-    def _score(self, judges: Judges, part: int, images: Float[Tensor, "b 3 height width"]) -> None:
+    def _score(self, judges: Judges, part: int, images: Float[Tensor, " b *rest"]) -> None:
         entries = [self.store.entries[row] for row in self.store.rows(part)]
         scores, embedded = judges.judge(images, entries)
         self.store.write_scores(part, scores, embedded)
@@ -144,9 +148,9 @@ class Scoring:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
 
-def images_of(store: Store, part: int) -> Float[Tensor, "b 3 height width"]:
-    """A batch's images as they lie on disk."""
-    return torch.stack([read_image(store.folder / store.entries[row].image) for row in store.rows(part)])
+def images_of(store: Store, part: int) -> Float[Tensor, " b *rest"]:
+    """A batch's images or clips as they lie on disk."""
+    return torch.stack([store.medium.read(store.file(row)) for row in store.rows(part)])
 
 
 def check_scores(scores: Mapping[str, Float[Tensor, " n"]], store: Store, number: int) -> None:
@@ -157,6 +161,6 @@ def check_scores(scores: Mapping[str, Float[Tensor, " n"]], store: Store, number
         judged = values[values.isfinite()]
         if len(judged) > 1 and bool((judged == judged[0]).all()):
             raise RunError(
-                f"reward {reward!r} must tell images apart, got {float(judged[0]):g} for all {len(judged)} of round "
-                f"{number}; look at them in {store.folder / 'images'}"
+                f"reward {reward!r} must tell {store.medium.folder} apart, got {float(judged[0]):g} for all "
+                f"{len(judged)} of round {number}; look at them in {store.media}"
             )

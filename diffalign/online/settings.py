@@ -90,6 +90,10 @@ class OnlineSettings:
     taken from the rollout."""
     store_dtype: Literal["float32", "float16"] = "float32"
     """Of states on disk; with float16 the walk goes on from the rounded ones."""
+    heard_hz: int | None = None
+    """Samples a second at which rewards get clips, which are resampled to it; None is the model's own."""
+    mono: bool = False
+    """Rewards get the mean of a clip's channels."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "group", "updates", "steps", "batch_size"):
@@ -97,6 +101,8 @@ class OnlineSettings:
                 raise InputError(f"online.{name} must be at least 1, got {getattr(self, name)}")
         if self.guidance < 1:
             raise InputError(f"online.guidance must be at least 1, which is off, got {self.guidance}")
+        if self.heard_hz is not None and self.heard_hz < 1:
+            raise InputError(f"online.heard_hz must be at least 1, got {self.heard_hz}")
         if self.weights and len(self.weights) != len(self.rewards):
             raise InputError(
                 f"online.weights must be one for each of the {len(self.rewards)} rewards, got {len(self.weights)}"

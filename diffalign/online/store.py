@@ -1,9 +1,9 @@
 """A round on disk: what was sampled, for whom, and what it was worth; a killed round goes on from it.
 
 manifest.jsonl has a line for every image: id, prompt, seed, how it was sampled, its file. images/ID.png are the images
-as judges see them. part-N.safetensors holds a batch of rollouts; its images are neighbours in the manifest.
-scores-N.json has their scores by reward, NaN as null. old-N.safetensors has log-probs of the sampling policy where they
-were computed again. Everything is written whole or not at all.
+as judges see them, clips/ID.wav the clips of a model of sound. part-N.safetensors holds a batch of rollouts; its images
+are neighbours in the manifest. scores-N.json has their scores by reward, NaN as null. old-N.safetensors has log-probs
+of the sampling policy where they were computed again. Everything is written whole or not at all.
 """
 
 import json
@@ -20,7 +20,7 @@ from torch import Tensor
 from diffalign.checkpoint import write_atomic
 from diffalign.data.cache import save_shard
 from diffalign.errors import RunError
-from diffalign.evaluate.score import png
+from diffalign.evaluate.media import PICTURES, Medium
 from diffalign.types import Embedded, Trajectory
 
 
@@ -39,20 +39,16 @@ class Entry:
     metadata: Mapping[str, Any]
     """What the prompt's row says beside it."""
 
-    @property
-    def image(self) -> str:
-        """File of the image, in the round's folder."""
-        return f"images/{self.id}.png"
-
 
 class Store:
     """The folder of one round."""
 
-    def __init__(self, folder: Path, entries: Sequence[Entry], batch_size: int) -> None:
-        """`entries` are all images of the round, those of a prompt together."""
+    def __init__(self, folder: Path, entries: Sequence[Entry], batch_size: int, medium: Medium = PICTURES) -> None:
+        """`entries` are all images of the round, those of a prompt together; or all clips."""
         self.folder = folder
         self.entries = entries
         self.batch_size = batch_size
+        self.medium = medium
         self._open: dict[Path, Any] = {}
 
     @property
@@ -65,21 +61,33 @@ class Store:
         first = part * self.batch_size
         return range(first, min(first + self.batch_size, len(self.entries)))
 
+    @property
+    def media(self) -> Path:
+        """Folder of the images or clips."""
+        return self.folder / self.medium.folder
+
+    def file(self, row: int) -> Path:
+        """Of the image or clip at this place."""
+        return self.media / f"{self.entries[row].id}{self.medium.suffix}"
+
     def write_manifest(self, about: Mapping[str, Any]) -> None:
         """A line for every image, with `about`, how all were sampled."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lines = [{**asdict(entry), **about, "image": entry.image} for entry in self.entries]
+        lines = [
+            {**asdict(entry), **about, self.medium.modality: str(self.file(row).relative_to(self.folder))}
+            for row, entry in enumerate(self.entries)
+        ]
         write_atomic(self.folder / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def sampled(self, part: int) -> bool:
         """Whether a batch is there: its tensors are written last."""
         return self._part(part).is_file()
 
-    def write_part(self, part: int, walked: Trajectory, images: Float[Tensor, "b 3 height width"]) -> None:
-        """A batch of rollouts and its images in [0, 1]."""
-        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+    def write_part(self, part: int, walked: Trajectory, images: Float[Tensor, " b *rest"]) -> None:
+        """A batch of rollouts and its images in [0, 1], or its clips in [-1, 1]."""
+        self.media.mkdir(parents=True, exist_ok=True)
         for row, image in zip(self.rows(part), images, strict=True):
-            write_bytes(self.folder / self.entries[row].image, png(image))
+            write_bytes(self.file(row), self.medium.encoded(image))
         tensors = {"x": walked.x, "x_0": walked.x_0, "log_prob": walked.log_prob}
         about = {"steps": list(walked.steps), "first": walked.first, "seeds": list(walked.seeds)}
         save_shard(self._part(part), {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, about)

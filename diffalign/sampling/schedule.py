@@ -6,7 +6,7 @@ x = alpha x_0 + sigma eps at every level, in one of three kinds. `vp`: alpha^2 +
 is multiplied with latents is float32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from diffalign.errors import InputError, near_match
 from diffalign.paths import Prediction, broadcast
 
 Kind = Literal["vp", "ve", "flow"]
+MOST_FLOW_MOVES = 1000
+"""Of a walk along a flow: its t is continuous, and the number of training steps in its config only the scale of t."""
 Last = Literal["alpha_bar_0", "scheduler"]
 """Where a DDIM schedule ends: at the level of index 0, or at the scheduler's `final_alpha_cumprod`."""
 Table = Literal["analytic", "diffusers"]
@@ -189,21 +191,30 @@ def schedule_of(scheduler: Any, *, last: Last = "alpha_bar_0") -> Schedule:
 
 
 def few_steps(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's config is that of a model distilled to a few steps: LCM, TCD, SD-Turbo and SDXL-Turbo."""
+    """Whether a scheduler's config is that of a model distilled to a few steps.
+
+    That is LCM, TCD, SD-Turbo, SDXL-Turbo, and flows that noise their clean latents anew at every move.
+    """
     name, spacing = str(config.get("_class_name")), config.get("timestep_spacing")
-    return name in ("LCMScheduler", "TCDScheduler") or (name, spacing) == (
-        "EulerAncestralDiscreteScheduler",
-        "trailing",
-    )
+    turbo = (name, spacing) == ("EulerAncestralDiscreteScheduler", "trailing")
+    return name in ("LCMScheduler", "TCDScheduler") or turbo or bool(config.get("stochastic_sampling"))
 
 
-def make_schedule(kernel: str, config: Mapping[str, Any], steps: int, *, table: Table = "analytic") -> Schedule:
+def make_schedule(
+    kernel: str,
+    config: Mapping[str, Any],
+    steps: int,
+    *,
+    table: Table = "analytic",
+    sigmas: Callable[[int], Sequence[float]] | None = None,
+) -> Schedule:
     """The walk that a kernel takes over a model whose scheduler config this is.
 
     Args:
         kernel: By name; `ode` walks with DDIM, or with the Euler moves of a flow, to where the stock pipeline ends.
         config: The folder's scheduler config; only its constants and spacing count, not its class's own moves.
         table: Of a flow. The two differ much (N = 10, shift 3: the last level but one is 0.25 or 0.0089), so log it.
+        sigmas: Steps -> the levels of table `diffusers` before the shift, of a pipeline that has its own.
 
     Raises:
         InputError: Unknown kernel, a kernel on the wrong kind of model, steps out of range, or a dynamic shift.
@@ -220,9 +231,9 @@ def make_schedule(kernel: str, config: Mapping[str, Any], steps: int, *, table: 
             raise InputError(f"kernel must be a known kernel, got {kernel!r}{near_match(kernel, every)}")
         raise InputError(f"kernel must fit a {kind} model, got {kernel!r}; choose from {', '.join(sorted(known))}")
     scheduler = known[kernel].from_config(dict(config))
-    train_steps = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= train_steps:
-        raise InputError(f"steps must be in [1, {train_steps}], got {steps}")
+    most = MOST_FLOW_MOVES if flows else scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise InputError(f"steps must be in [1, {most}], got {steps}")
     if flows and scheduler.config.use_dynamic_shifting:
         raise InputError(
             "scheduler.use_dynamic_shifting must be false, got true; set the timesteps with the pipeline's mu and call "
@@ -230,6 +241,8 @@ def make_schedule(kernel: str, config: Mapping[str, Any], steps: int, *, table: 
         )
     if flows and table == "analytic":
         scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
+    elif flows and sigmas is not None:
+        scheduler.set_timesteps(sigmas=list(sigmas(steps)))
     else:
         scheduler.set_timesteps(steps)
     return schedule_of(scheduler, last="scheduler" if kernel == "ode" else "alpha_bar_0")
