@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffalign import attention, environment
+from diffalign import attention, environment, recompute
 from diffalign import checkpoint as disk
 from diffalign.checks import REFERENCE_DECAY, check_batch, context_of, method_name, reference_kind
 from diffalign.config import dump
@@ -296,8 +296,7 @@ def place_net(net: Any, cfg: TrainConfig, accelerator: Any, *, adapted: bool) ->
     halved = adapted and not cfg.method.needs.float32_features
     if halved and accelerator.device.type == "cuda" and cfg.train.precision != "no":
         cast_frozen(net, {"bf16": torch.bfloat16, "fp16": torch.float16}[cfg.train.precision])
-    if cfg.train.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
+    recompute.use(net, cfg.train.gradient_checkpointing)
     net.to(accelerator.device)
     if cfg.train.channels_last:
         net.to(memory_format=torch.channels_last)

@@ -33,6 +33,7 @@ def check(config: TrainConfig) -> None:
     _check_fixed_draws(config)
     _check_ranges(config)
     _check_sections(config)
+    _check_checkpointing(config)
 
 
 def _check_reference(config: TrainConfig, name: str) -> None:
@@ -186,6 +187,14 @@ def _check_sections(config: TrainConfig) -> None:
         )
     if config.checkpoint.best is not None and config.validation is None:
         raise InputError("config.checkpoint.best must be left out without [validation], which measures it")
+
+
+def _check_checkpointing(config: TrainConfig) -> None:
+    if config.train.gradient_checkpointing == "selective" and config.train.compile:
+        raise InputError(
+            "config.train.gradient_checkpointing must be true or false with train.compile, whose graphs choose for "
+            "themselves what to compute again; got 'selective'"
+        )
 
 
 def check_batch(config: TrainConfig, processes: int) -> None:

@@ -31,7 +31,11 @@ def _change(name: str, cfg: TrainConfig, *, last: bool) -> Iterator[tuple[tuple[
     if name == "encode" and cfg.data.encode_batch_size > 1:
         data = replace(cfg.data, encode_batch_size=1)
         yield ("data.encode_batch_size=1",), "a slower start", replace(cfg, data=data)
-    elif name == "checkpointing" and not t.gradient_checkpointing:
+    elif name == "checkpointing" and t.gradient_checkpointing is not True:
+        if not last and not t.gradient_checkpointing:
+            train = replace(t, gradient_checkpointing="selective")
+            keys = ('train.gradient_checkpointing="selective"',)
+            yield keys, "cheap results twice", replace(cfg, train=train)
         train = replace(t, gradient_checkpointing=True)
         yield ("train.gradient_checkpointing=true",), "a second forward pass", replace(cfg, train=train)
     elif name == "batch":

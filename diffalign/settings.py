@@ -11,6 +11,7 @@ from diffalign.models.load import ModelSource
 from diffalign.models.lora import LoraSettings
 from diffalign.online.settings import OnlineSettings
 from diffalign.paths import TimestepSampling
+from diffalign.recompute import Checkpointing
 from diffalign.types import Method
 
 
@@ -61,7 +62,9 @@ class TrainSettings:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision of the forward passes; trained weights, errors and losses stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
+    """What is computed again in the backward pass to save memory: true all of every block, "selective" norms,
+    activations and other results that are cheap to have again; gradients are the same to the last bit."""
     channels_last: bool = False
     compile: bool = False
     attention: Attention = "sdpa"
