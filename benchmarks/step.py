@@ -203,9 +203,7 @@ def main() -> None:
         if SIZES[name].gpu and not torch.cuda.is_available():
             print(f"{name}: left out, it needs a GPU")
             continue
-        table = measure_world(
-            name, rounds=asked.rounds, warmup=asked.warmup, threads=asked.threads, chosen=asked.loops
-        )
+        table = measure_world(name, rounds=asked.rounds, warmup=asked.warmup, threads=asked.threads, chosen=asked.loops)
         show(table)
         tables.append(table)
     about = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -122,7 +122,9 @@ def test_steps_with_an_adapter_off_reference_end_at_the_same_weights(folders):
         reference = make_reference(own, adapted=True).denoiser
         optimizer = torch.optim.AdamW(trainable(own.net).values(), lr=1e-3)
         batches = iter([PairBatch(x_w=x, x_l=x.flip(0), cond=cond, samples=(2 * i, 2 * i + 1)) for i in range(2)])
-        margins = [r.metrics["rewards/margins"] for r in fit(own, reference, DiffusionDPO(), batches, optimizer, steps=2)]
+        margins = [
+            r.metrics["rewards/margins"] for r in fit(own, reference, DiffusionDPO(), batches, optimizer, steps=2)
+        ]
         ends.append((margins, [p.detach() for p in trainable(own.net).values()]))
     assert ends[0][0] == ends[1][0]
     assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
