@@ -27,6 +27,7 @@ from diffalign.models.load import ModelSource
 from diffalign.models.lora import LoraSettings, adapter_reference, add_lora
 from diffalign.models.save import trainable
 from diffalign.paths import NoisePath, Prediction
+from diffalign.recompute import Checkpointing
 from diffalign.rng import SampleRng
 from diffalign.settings import DataSettings, OptimizerSettings, TrainConfig, TrainSettings
 from diffalign.types import Batch, Cond, Denoiser
@@ -45,6 +46,7 @@ class Variant:
     """Winners and losers in one forward pass; the plain loop has that too."""
     channels_last: bool = False
     compile: bool = False
+    recompute: Checkpointing = False
     precision: Precision = "no"
     fixed_draws: int | None = None
     """Draws a pair at which the reference's errors are known, computed before the first step."""
@@ -211,6 +213,7 @@ def _config(world: World, variant: Variant, device: torch.device) -> TrainConfig
             device="cuda" if device.type == "cuda" else "cpu",
             channels_last=variant.channels_last,
             compile=variant.compile,
+            gradient_checkpointing=variant.recompute,
             max_grad_norm=MAX_GRAD_NORM,
         ),
         optimizer=OptimizerSettings(lr=LR),

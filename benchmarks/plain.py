@@ -7,7 +7,7 @@ decoding and cropping pictures is left out, as is Accelerate around the step.
 
 import copy
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -50,6 +50,11 @@ class Plain:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LR)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.pixels, self.ids = world.pixels.to(device, self.dtype), world.ids.to(device)
+
+    @property
+    def net(self) -> Any:
+        """The network that is trained."""
+        return self.unet
 
     def step(self) -> list[float]:
         """One optimizer step; returns what the script logs."""

@@ -2,7 +2,8 @@
 
 Every variant runs in the same process and in turn with the plain loop, one step each, so that a noisy machine disturbs
 all alike; what is reported is the median over rounds of the ratio to the plain loop of the same round. Memory is
-measured in a process of its own for each. Writes benchmarks/step.json.
+measured in a process of its own for each. Writes benchmarks/step.json; with `--worlds` or `--loops` a part of it, and
+the rest stays as it is there.
 """
 
 import argparse
@@ -11,13 +12,14 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from benchmarks.ours import Ours, Variant, encode
+from benchmarks.overhead import share_outside, switching
 from benchmarks.plain import Plain
 from benchmarks.worlds import SIZES, Sizes, World, build
 from diffalign.cli import quiet_libraries
@@ -41,11 +43,19 @@ VARIANTS = (
     Variant(name="default, channels-last", **OURS, channels_last=True),
     Variant(name="default, bf16", **OURS, precision="bf16"),
     Variant(name="default, compiled", **OURS, compile=True),
+    Variant(name="default, selective recompute", **OURS, recompute="selective"),
+    Variant(name="default, gradient checkpointing", **OURS, recompute=True),
 )
+DEFAULT = VARIANTS[3]
 
 
 class Loop(Protocol):
     """Something that takes one optimizer step at a time."""
+
+    @property
+    def net(self) -> Any:
+        """The network that is trained."""
+        ...
 
     def step(self) -> object: ...
 
@@ -53,7 +63,7 @@ class Loop(Protocol):
 def makers(world: World, device: torch.device) -> dict[str, Callable[[], Loop]]:
     """The plain loop and our variants, by name, each made when called; on a GPU the plain loop also in bf16."""
     cache = encode(world, device)
-    made: dict[str, Callable[[], Loop]] = {PLAIN: lambda: Plain(world, device)}
+    made: dict[str, Callable[[], Loop]] = {PLAIN: lambda: Plain(world, device)}  # first, as all are compared with it
     if device.type == "cuda":
         made[f"{PLAIN}, bf16"] = lambda: Plain(world, device, "bf16")
     for variant in VARIANTS:
@@ -91,7 +101,7 @@ def measure_memory(world_name: str, loop_name: str, threads: int) -> dict[str, i
     sizes = SIZES[world_name]
     device = torch.device("cuda" if sizes.gpu else "cpu")
     loop = makers(build(sizes), device)[loop_name]()
-    with saved_bytes() as saved:
+    with saved_bytes([*loop.net.parameters(), *loop.net.buffers()]) as saved:
         loop.step()
     return {"saved_activations": saved(), "peak_of_a_step": peak_of(loop.step, device)}
 
@@ -111,12 +121,15 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
-def measure_world(name: str, *, rounds: int, warmup: int, threads: int) -> dict[str, Any]:
-    """One world's table: for every loop its time, ratio and memory."""
+def measure_world(
+    name: str, *, rounds: int, warmup: int, threads: int, chosen: Sequence[int] = range(len(VARIANTS))
+) -> dict[str, Any]:
+    """One world's table: for the plain loop and the chosen variants time, ratio and memory."""
     sizes = SIZES[name]
     device = torch.device("cuda" if sizes.gpu else "cpu")
     torch.compiler.reset()  # what was compiled for another world is not this one's
-    made = makers(build(sizes), device)
+    left_out = {variant.name for i, variant in enumerate(VARIANTS) if i not in chosen}
+    made = {n: make for n, make in makers(build(sizes), device).items() if n not in left_out}
     seconds = time_in_turn({n: make() for n, make in made.items()}, rounds=rounds, warmup=warmup, device=device)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         memory = {n: pool.apply(measure_memory, (name, n, threads)) for n in made}
@@ -134,7 +147,21 @@ def measure_world(name: str, *, rounds: int, warmup: int, threads: int) -> dict[
             }
         )
     flop = {"plain_step": sizes.flop, "plain_encoders": sizes.encoder_flop, "published_gflop": sizes.published_gflop}
-    return {"world": name, "pairs_a_step": sizes.pairs, "rounds": rounds, "flop": flop, "loops": rows}
+    table = {"world": name, "environment": describe(device), "pairs_a_step": sizes.pairs, "rounds": rounds}
+    if device.type == "cpu" and DEFAULT.name in made:
+        table["outside_networks"] = share_outside(made[DEFAULT.name]())
+    return {**table, "flop": flop, "loops": rows}
+
+
+def merged(file: Path, tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tables of worlds with what a file has of other worlds, and of other loops in the same world."""
+    worlds = {t["world"]: t for t in json.loads(file.read_text())["worlds"]} if file.is_file() else {}
+    order = [PLAIN, f"{PLAIN}, bf16", *(variant.name for variant in VARIANTS)]
+    for table in tables:
+        before = worlds.get(table["world"], {"loops": []})
+        rows = {row["loop"]: row for row in (*before["loops"], *table["loops"])}
+        worlds[table["world"]] = {**before, **table, "loops": [rows[name] for name in order if name in rows]}
+    return [worlds[name] for name in SIZES if name in worlds]
 
 
 def show(table: dict[str, Any]) -> None:
@@ -159,6 +186,11 @@ def main() -> None:
     """Measures all worlds that this machine can hold."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--worlds", nargs="+", choices=SIZES, default=list(SIZES))
+    options.add_argument(
+        "--loops", nargs="+", type=int, choices=range(len(VARIANTS)), default=list(range(len(VARIANTS))),
+        help="variants by number, beside the plain loop: "
+        + ", ".join(f"{i} {variant.name}" for i, variant in enumerate(VARIANTS)),
+    )  # fmt: skip
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--warmup", type=int, default=2)
     options.add_argument("--threads", type=int, default=1, help="CPU threads; 1 is the least noisy")
@@ -171,13 +203,12 @@ def main() -> None:
         if SIZES[name].gpu and not torch.cuda.is_available():
             print(f"{name}: left out, it needs a GPU")
             continue
-        table = measure_world(name, rounds=asked.rounds, warmup=asked.warmup, threads=asked.threads)
+        table = measure_world(name, rounds=asked.rounds, warmup=asked.warmup, threads=asked.threads, chosen=asked.loops)
         show(table)
         tables.append(table)
     about = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    asked.out.write_text(
-        json.dumps({"version": 1, "environment": about, "threads": asked.threads, "worlds": tables}, indent=1) + "\n"
-    )
+    found = {"version": 1, "environment": about, "threads": asked.threads, "switching": switching()}
+    asked.out.write_text(json.dumps({**found, "worlds": merged(asked.out, tables)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

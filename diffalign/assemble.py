@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffalign import attention, environment
+from diffalign import attention, environment, recompute
 from diffalign import checkpoint as disk
 from diffalign.checks import (
     PRECISIONS,
@@ -326,8 +326,7 @@ def place_net(net: Any, cfg: TrainConfig, accelerator: Any, *, adapted: bool) ->
     halved = adapted and not cfg.method.needs.float32_features
     if halved and accelerator.device.type == "cuda" and cfg.train.precision != "no":
         cast_frozen(net, PRECISIONS[cfg.train.precision] or torch.float32)
-    if cfg.train.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
+    recompute.use(net, cfg.train.gradient_checkpointing)
     if not cfg.train.shard:  # which has no room for it there, and moves it block by block
         net.to(accelerator.device)
     if cfg.train.channels_last:

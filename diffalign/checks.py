@@ -49,6 +49,7 @@ def check(config: TrainConfig) -> None:
     _check_shard(config)
     _check_ranges(config)
     _check_sections(config)
+    _check_checkpointing(config)
 
 
 def _check_reference(config: TrainConfig, name: str) -> None:
@@ -217,6 +218,11 @@ def _check_shard(config: TrainConfig) -> None:
         (config.optimizer.name == "adamw8bit", 'optimizer.name = "adamw8bit"', "whose states are of whole tensors"),
         (t.compile, "train.compile", "which is not known to go together"),
         (t.channels_last, "train.channels_last", "whose weights do not lie in rows"),
+        (
+            t.gradient_checkpointing == "selective",
+            'train.gradient_checkpointing = "selective"',
+            "whose tape would keep gathered weights",
+        ),
         (t.fixed_draws is not None, "train.fixed_draws", "whose errors each process computes by itself"),
         (config.samples is not None, "[samples]", "which the main process makes by itself"),
         (config.guard is not None, "[guard]", "whose images each process makes by itself"),
@@ -285,6 +291,14 @@ def _check_sections(config: TrainConfig) -> None:
         )
     if config.checkpoint.best is not None and config.validation is None:
         raise InputError("config.checkpoint.best must be left out without [validation], which measures it")
+
+
+def _check_checkpointing(config: TrainConfig) -> None:
+    if config.train.gradient_checkpointing == "selective" and config.train.compile:
+        raise InputError(
+            "config.train.gradient_checkpointing must be true or false with train.compile, whose graphs choose for "
+            "themselves what to compute again; got 'selective'"
+        )
 
 
 def check_batch(config: TrainConfig, processes: int) -> None:

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from diffalign.recompute import watched
+
 _NARROW = frozenset(
     "linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul __matmul__ "
     "__rmatmul__ mm mv bmm addmm addmv addbmm baddbmm einsum scaled_dot_product_attention".split()
@@ -156,17 +158,22 @@ def drop_gradients(net: nn.Module) -> None:
 
 
 @contextmanager
-def saved_bytes() -> Iterator[Callable[[], int]]:
-    """Counts what autograd is handed for a backward pass inside: each storage once, parameters left out."""
+def saved_bytes(known: Sequence[Tensor] = ()) -> Iterator[Callable[[], int]]:
+    """Counts what is kept for a backward pass inside: each storage once.
+
+    Args:
+        known: Tensors that count nothing, nor does any view of them; parameters, say.
+    """
+    left_out = {tensor.untyped_storage()._cdata for tensor in known}
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in left_out:
             storages[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would be a cycle that is not let go before a backward pass
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), watched(pack):
         yield lambda: sum(storages.values())
 
 

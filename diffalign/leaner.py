@@ -40,7 +40,11 @@ def _change(name: str, cfg: TrainConfig, *, last: bool) -> Iterator[tuple[tuple[
         yield ("data.encode_batch_size=1",), "a slower start", replace(cfg, data=data)
     elif name == "offload" and not t.offload:
         yield ("train.offload=true",), "a slower start", replace(cfg, train=replace(t, offload=True))
-    elif name == "checkpointing" and not t.gradient_checkpointing:
+    elif name == "checkpointing" and t.gradient_checkpointing is not True:
+        if not last and not t.gradient_checkpointing:
+            train = replace(t, gradient_checkpointing="selective")
+            keys = ('train.gradient_checkpointing="selective"',)
+            yield keys, "cheap results twice", replace(cfg, train=train)
         train = replace(t, gradient_checkpointing=True)
         yield ("train.gradient_checkpointing=true",), "a second forward pass", replace(cfg, train=train)
     elif name == "shard" and t.trainable == "full" and not t.shard:

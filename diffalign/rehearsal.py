@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign import losses
+from diffalign import losses, recompute
 from diffalign.assemble import make_accelerator, make_optimizer, place_net
 from diffalign.checks import PRECISIONS, buckets_of, context_of, reference_kind, rounding_of
 from diffalign.counting import (
@@ -91,7 +91,7 @@ class Rehearsal:
     """The encoder's part of a forward pass, for methods that compare features."""
     features_backward: int
     handed: int
-    """What autograd was handed for the backward pass, parameters left out."""
+    """What autograd was handed for the backward pass, parameters and views of them left out."""
     saved: int
     """What is held when the forward pass ends."""
     peak: int
@@ -248,7 +248,7 @@ class _Run:
             reference_peak = memory.peak
             memory.restart()
             before = memory.now
-            with saved_bytes() as handed:
+            with saved_bytes(known) as handed:
                 with self.cast:
                     count["forward"] = count_flop(lambda: made.update(out=self._predict(self.policy)))
                 if looks:
@@ -293,8 +293,7 @@ def _shaped(net: Any, cfg: TrainConfig, family: Family, device: str) -> Any:
         dtype = PRECISIONS[cfg.train.precision]
         if device == "cuda" and dtype is not None and not cfg.method.needs.float32_features:
             cast_frozen(net, dtype)
-    if cfg.train.gradient_checkpointing:
-        net.enable_gradient_checkpointing()
+    recompute.use(net, cfg.train.gradient_checkpointing)
     return net
 
 

@@ -12,6 +12,7 @@ from diffalign.models.load import ModelSource
 from diffalign.models.lora import LoraSettings
 from diffalign.online.settings import OnlineSettings
 from diffalign.paths import TimestepSampling
+from diffalign.recompute import Checkpointing
 from diffalign.types import Method
 
 
@@ -76,7 +77,9 @@ class TrainSettings:
     shard: bool = False
     """Share weights, gradients, optimizer states and the reference out over the processes (FSDP2): for full
     fine-tuning of what does not fit on one device."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
+    """What is computed again in the backward pass to save memory: true all of every block, "selective" norms,
+    activations and other results that are cheap to have again; gradients are the same to the last bit."""
     channels_last: bool = False
     compile: bool = False
     quantize: Literal["none", "8bit", "4bit"] = "none"

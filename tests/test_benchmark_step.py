@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from benchmarks.ours import Encoded, Ours, Variant
 from benchmarks.plain import SLOPE, Plain
-from benchmarks.step import OURS, VARIANTS, pinned_flop
+from benchmarks.overhead import share_outside, switching
+from benchmarks.step import OURS, PLAIN, VARIANTS, merged, pinned_flop
 from benchmarks.worlds import SIZES, build
 from diffalign.counting import count_flop, fake_mode
 from diffalign.denoisers.unet import SD
@@ -75,6 +77,43 @@ def test_a_step_costs_four_passes_a_pair_from_a_cache_and_two_with_fixed_draws(m
             forward = count_flop(lambda ours=ours, given=(x_t, t, cond): ours.reference(*given))
     assert flop == {None: sizes.flop - sizes.encoder_flop, 4: sizes.flop - sizes.encoder_flop - forward}
     assert [round(value / 1e9, 1) for value in flop.values()] == [225.3, 156.7]
+
+
+def test_a_run_of_a_part_leaves_the_rest_of_the_file_as_it_is(tmp_path):
+    def table(world, **rows):
+        names = {"plain": PLAIN, "first": VARIANTS[0].name, "last": VARIANTS[-1].name}
+        return {"world": world, "loops": [{"loop": names[name], "value": value} for name, value in rows.items()]}
+
+    file = tmp_path / "step.json"
+    assert merged(file, [table("fifth", plain=1)]) == [table("fifth", plain=1)]
+    file.write_text(json.dumps({"worlds": [table("tiny", plain=1), table("fifth", plain=1, last=2)]}))
+    found = merged(file, [table("fifth", plain=3, first=4)])
+    assert found == [table("tiny", plain=1), table("fifth", plain=3, first=4, last=2)]
+
+
+def test_every_adapted_layer_is_switched():
+    found = switching(3, rounds=1)
+    assert found["layers"] == 3
+    assert found["flags_ms"] >= 0 < found["library_ms"]
+
+
+def test_the_share_outside_the_networks_is_what_a_step_spends_elsewhere():
+    class Loop:
+        net = torch.nn.Linear(4, 4)
+        wasted = 0.0
+
+        def step(self):
+            self.net(torch.ones(1, 4)).sum().backward()
+            end = time.process_time() + self.wasted
+            while time.process_time() < end:
+                pass
+
+    loop = Loop()
+    share_outside(loop)
+    loop.wasted = 0.05
+    assert 0.8 < share_outside(loop)["share"] < 1
+    assert not loop.net._forward_hooks
+    assert not loop.net._forward_pre_hooks
 
 
 def test_every_variant_has_a_name_of_its_own():

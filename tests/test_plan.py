@@ -26,10 +26,10 @@ from diffalign.models.lora import add_lora
 from diffalign.models.policy import load_policy
 from diffalign.models.save import trainable
 from diffalign.plan import CONTEXT, GIB, SPARE, Plan, optimizer_bytes, parse_memory, plan, planned_device
-from diffalign.rehearsal import _batches, bare_net, encoding, rehearse
+from diffalign.rehearsal import Encoding, _batches, bare_net, encoding, rehearse
 from diffalign.strict import apply_override
 from diffalign.train import run
-from diffalign.workload import evaluations
+from diffalign.workload import Evaluations, evaluations
 from tests import worlds
 from tests.builders import tiny_tokenizer
 from tests.test_train import config as run_config
@@ -138,7 +138,7 @@ def real_step(cfg, inputs, policy):
         steps=3,
         accelerator=accelerator,
     )
-    with saved_bytes() as handed:
+    with saved_bytes([*net.parameters(), *net.buffers()]) as handed:
         next(reports)
     return handed(), lambda: next(reports)
 
@@ -157,21 +157,68 @@ def check_memory(cfg, family, policy) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny_sd_diffusion_dpo", "tiny_sd3_diffusion_dpo", "tiny_sd_mapo", "tiny_sd3_ncp_dpo"]
+    ("name", "changes"),
+    [
+        ("tiny_sd_diffusion_dpo", []),
+        ("tiny_sd3_diffusion_dpo", []),
+        ("tiny_sd_mapo", []),
+        ("tiny_sd3_ncp_dpo", []),
+        ("tiny_sd_diffusion_dpo", ["train.gradient_checkpointing=selective"]),
+    ],
 )
-def test_memory_is_what_a_real_step_holds(name):
-    cfg = load(name, ["train.batch_size=4"])
+def test_memory_is_what_a_real_step_holds(name, changes):
+    cfg = load(name, ["train.batch_size=4", *changes])
     family = detect_family(cfg.model)
     check_memory(cfg, family, load_policy(cfg.model, family, cfg.timesteps, lora=cfg.lora, seed=cfg.seed))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"precision": "bf16"}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"precision": "bf16"}, {"gradient_checkpointing": True}, {"gradient_checkpointing": "selective"}],
+    ids=str,
+)
 def test_memory_of_the_fifth_world_is_what_a_real_step_holds(fifth, changes):
     cfg = parse(config(fifth, train=changes))
     net = build(SIZES["fifth"]).unet
     add_lora(net, cfg.lora, SD.lora_targets, seed=0)
     check_memory(cfg, SD, SD.make_denoiser(net, load_scheduler_config(cfg.model), None))
+
+
+def rehearsed(folder: Path, world: str, kind: bool | str):
+    """One micro-batch of a benchmark world in which nothing but the U-Net is run."""
+    sizes = SIZES[world]
+    cfg = parse(config(folder, train={"gradient_checkpointing": kind, "batch_size": sizes.pairs}))
+    text = (sizes.text.get("max_position_embeddings", 77), sizes.unet["cross_attention_dim"])
+    inputs = Encoding(
+        latent=(sizes.unet.get("in_channels", 4), sizes.pixels // 8, sizes.pixels // 8),
+        cond={"prompt_embeds": (text, torch.float32)},
+        image_flop=0,
+        prompt_flop=0,
+        weights=0,
+        peak=0,
+    )
+    return rehearse(cfg, SD, inputs, Evaluations(with_gradient=2.0, without_gradient=2.0), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("world", "share", "most"),
+    [("tiny", 0.4, 1e9), pytest.param("fifth", 0.28, 210e6, marks=pytest.mark.slow)],
+)
+def test_selective_recompute_keeps_little_and_works_a_fifteenth_more(world, share, most, request):
+    folder = request.getfixturevalue(world)
+    plain, selective, full = (rehearsed(folder, world, kind) for kind in (False, "selective", True))
+    step = {kind: 2 * r.forward + r.backward for kind, r in (("plain", plain), ("sel", selective), ("full", full))}
+    print(
+        [
+            f"{r.handed / 1e6:.1f} {r.peak / 1e6:.1f} {step[k] / 1e9}"
+            for k, r in zip(step, (plain, selective, full), strict=True)
+        ]
+    )
+    assert full.handed < selective.handed < min(most, share * plain.handed)
+    assert full.peak < selective.peak < plain.peak
+    assert selective.forward == plain.forward
+    assert step["plain"] < step["sel"] < 1.07 * step["plain"] < step["full"]
 
 
 @pytest.mark.parametrize("name", ON_DATA)
@@ -236,12 +283,15 @@ def test_a_run_that_does_not_fit_names_the_cheapest_change(tiny):
     there = plan(cfg, memory=24 * GIB)
     assert there.fits
     assert there.change is None
-    less = plan(replace(cfg, train=replace(cfg.train, gradient_checkpointing=True)), memory=24 * GIB)
-    assert less.memory.peak < there.memory.peak
-    short = plan(cfg, memory=room_for(less.memory.peak))
-    assert short.fits is False
-    assert short.change.overrides == ("train.gradient_checkpointing=true",)
-    assert short.change.peak == less.memory.peak
+    peaks = []
+    for kind, words in (("selective", '"selective"'), (True, "true")):
+        less = plan(replace(cfg, train=replace(cfg.train, gradient_checkpointing=kind)), memory=24 * GIB)
+        short = plan(cfg, memory=room_for(less.memory.peak))
+        assert short.fits is False
+        assert short.change.overrides == (f"train.gradient_checkpointing={words}",)
+        assert short.change.peak == less.memory.peak
+        peaks.append(less.memory.peak)
+    assert there.memory.peak > peaks[0] > peaks[1]
 
 
 @pytest.mark.slow
@@ -262,6 +312,7 @@ def test_changes_come_in_the_order_of_what_they_cost():
     assert found == [
         ("data.encode_batch_size=1",),
         ("train.offload=true",),
+        ('train.gradient_checkpointing="selective"',),
         ("train.gradient_checkpointing=true",),
         ("train.batch_size=3", "train.accumulate=2"),
         ("train.batch_size=2", "train.accumulate=3"),
@@ -278,6 +329,13 @@ def test_changes_come_in_the_order_of_what_they_cost():
         for key in keys:
             apply_override(table, key)
         assert parse(table) == changed
+
+
+def test_a_compiled_run_is_not_offered_selective_recompute():
+    cfg = parse(config(Path("x"), train={"compile": True}))
+    assert [keys[0] for keys, _, _ in leaner(cfg) if "checkpointing" in keys[0]] == [
+        "train.gradient_checkpointing=true"
+    ]
 
 
 def test_a_change_that_the_method_forbids_is_not_offered():

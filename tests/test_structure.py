@@ -11,7 +11,7 @@ import diffalign
 
 PACKAGE = Path(diffalign.__file__).parent
 LAYERS = [
-    ("errors", "shipped", "_torchvision", "progress", "rng", "strict", "counting"),
+    ("errors", "shipped", "_torchvision", "progress", "rng", "strict", "recompute", "counting"),
     ("paths", "losses", "advantages"),
     ("types",),
     ("denoisers", "sampling", "tiny"),

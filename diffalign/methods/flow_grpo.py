@@ -140,7 +140,7 @@ class FlowGRPO:
             raise ValueError(f"batch.mean_old must be given with trust = {self.trust!r}, got None")
         if self.trust == "guard":
             return clipped(guarded_log_ratio(now.transition, batch.mean_old, batch.x_s), batch.advantage, reach)
-        old = Transition(batch.mean_old, now.transition.std)
+        old = Transition(batch.mean_old, now.transition.std, now.transition.table)
         kl_old = kl_divergence(now.transition, old).detach()
         return masked(now.log_ratio, batch.advantage, kl_old, reach)
 

@@ -213,14 +213,15 @@ def adapter_layers(net: nn.Module) -> tuple[Any, ...]:
 def switched(layers: tuple[Any, ...], adapter: str | None) -> Iterator[None]:
     """Inside, `layers` run with adapters off (None) or with `adapter`; after it, as before."""
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    states = [vars(layer) for layer in layers]  # setting an attribute of a module takes ten times as long
     try:
-        for layer in layers:
+        for state in states:
             if adapter is None:
-                layer._disable_adapters = True
+                state["_disable_adapters"] = True
             else:
-                layer._active_adapter = [adapter]
+                state["_active_adapter"] = [adapter]
         yield
     finally:
-        for layer, (disabled, active) in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
-            layer._active_adapter = active
+        for state, (disabled, active) in zip(states, before, strict=True):
+            state["_disable_adapters"] = disabled
+            state["_active_adapter"] = active

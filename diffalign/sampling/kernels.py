@@ -69,7 +69,7 @@ def ddpm(pred: Samples, x_t: Samples, step: Step, *, variance: str = "fixed_smal
     if variance not in chosen:
         raise InputError(f"kernel.variance must be 'fixed_small' or 'fixed_large', got {variance!r}")
     std = torch.where(step.sigma_s > 0, chosen[variance].sqrt(), 0.0)
-    return Transition(mean, std.to(mean))
+    return Transition(mean, std.to(mean), std)
 
 
 def euler_ancestral(pred: Samples, x_t: Samples, step: Step, *, eta: float = 1.0) -> Transition:
@@ -211,7 +211,7 @@ def _towards(pred: Samples, x_t: Samples, step: Step, std: Float[Tensor, " b"]) 
     x_0, eps = step.implied(pred, x_t)
     of_eps = (step.sigma_s.square() - std.square()).clamp(min=0).sqrt()
     mean = broadcast(step.alpha_s, x_t).to(x_t) * x_0 + broadcast(of_eps, x_t).to(x_t) * eps
-    return Transition(mean, std.to(mean))
+    return Transition(mean, std.to(mean), std)
 
 
 def _euler(pred: Samples, x_t: Samples, step: Step, g: Float[Tensor, " b"], last: LastMove) -> Transition:
@@ -222,7 +222,8 @@ def _euler(pred: Samples, x_t: Samples, step: Step, g: Float[Tensor, " b"], last
     g = g if last == "noise" else torch.where(step.sigma_s > 0, g, 0.0)
     of_eps = -step.length * g.square() / (2 * step.sigma_t)
     mean = x_t - broadcast(step.length, x_t).to(x_t) * v + broadcast(of_eps, x_t).to(x_t) * eps
-    return Transition(mean, (g * step.length.sqrt()).to(mean))
+    std = g * step.length.sqrt()
+    return Transition(mean, std.to(mean), std)
 
 
 def _posterior_std(step: Step) -> Float[Tensor, " b"]:

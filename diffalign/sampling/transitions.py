@@ -82,14 +82,16 @@ def kl_divergence(p: Transition, q: Transition, *, reduction: Reduction = "mean"
         of a step of length 1.
     """
     _check_noise(p)
-    if not torch.equal(p.std, q.std):
+    told = (p.std, q.std) if p.table is None or q.table is None else (p.table, q.table)
+    if not torch.equal(*told):
         raise ValueError(f"q.std must be that of p, got {q.std.tolist()} against {p.std.tolist()}")
     square = (p.mean - q.mean).square().flatten(1) / (2 * p.std[:, None].square())
     return square.mean(1) if reduction == "mean" else square.sum(1)
 
 
 def _check_noise(transition: Transition) -> None:
-    still = (transition.std <= 0).nonzero().flatten().tolist()
+    told = transition.std if transition.table is None else transition.table
+    still = (told <= 0).nonzero().flatten().tolist()
     if still:
         raise InputError(
             f"eta must be positive where a log-prob is asked for, got a move without noise for samples {still} of "

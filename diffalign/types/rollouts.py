@@ -18,6 +18,8 @@ class Transition:
     mean: Float[Tensor, " b *rest"]
     std: Float[Tensor, " b"]
     """Total standard deviation, square root of the step's length included; it never depends on the network."""
+    table: Float[Tensor, " b"] | None = None
+    """`std` as the walk's tables on the CPU have it, whose numbers are read without waiting for a device."""
 
     def sample(self, noise: Float[Tensor, " b *rest"]) -> Float[Tensor, " b *rest"]:
         """mean + std noise."""
