@@ -204,7 +204,7 @@ class _Tape(TorchDispatchMode):
         if storage._cdata in self._recipes or storage.nbytes() != out.numel() * out.itemsize:
             return
         self._recipes[storage._cdata] = _Recipe(func, self._noted(args), self._noted(kwargs))
-        weakref.finalize(storage, self._recipes.pop, storage._cdata, None)
+        weakref.finalize(storage, _forget, self._recipes, storage._cdata)
 
     def _noted(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -218,6 +218,10 @@ class _Tape(TorchDispatchMode):
         if recipe is None:
             return None
         return _Made(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def _forget(recipes: dict[int, _Recipe], key: int) -> None:
+    recipes.pop(key, None)
 
 
 def _key(tensor: Tensor) -> int:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.ours import Encoded, Ours, Variant
-from benchmarks.plain import SLOPE, Plain
 from benchmarks.overhead import share_outside, switching
+from benchmarks.plain import SLOPE, Plain
 from benchmarks.step import OURS, PLAIN, VARIANTS, merged, pinned_flop
 from benchmarks.worlds import SIZES, build
 from diffalign.counting import count_flop, fake_mode
