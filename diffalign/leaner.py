@@ -43,8 +43,7 @@ def _change(name: str, cfg: TrainConfig, *, last: bool) -> Iterator[tuple[tuple[
     elif name == "checkpointing" and t.gradient_checkpointing is not True:
         if not last and not t.gradient_checkpointing:
             train = replace(t, gradient_checkpointing="selective")
-            keys = ('train.gradient_checkpointing="selective"',)
-            yield keys, "cheap results twice", replace(cfg, train=train)
+            yield ('train.gradient_checkpointing="selective"',), "cheap results twice", replace(cfg, train=train)
         train = replace(t, gradient_checkpointing=True)
         yield ("train.gradient_checkpointing=true",), "a second forward pass", replace(cfg, train=train)
     elif name == "shard" and t.trainable == "full" and not t.shard:

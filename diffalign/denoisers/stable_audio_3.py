@@ -232,6 +232,7 @@ STABLE_AUDIO_3 = Family(
     net="transformer",
     text=("text_encoder", "tokenizer", "duration_embedder"),
     lora_targets=("to_qkv", "to_q", "to_kv", "to_out"),
+    blocks=("StableAudio3DiTBlock",),
     net_class=_net_class,
     make_denoiser=make_denoiser,
     encode_prompts=encode_prompts,
