@@ -217,7 +217,7 @@ class _Tape(TorchDispatchMode):
         recipe = self._recipes.get(_key(tensor))
         if recipe is None:
             return None
-        return _Made(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _Made(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _forget(recipes: dict[int, _Recipe], key: int) -> None:

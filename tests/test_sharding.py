@@ -547,3 +547,50 @@ def test_a_plan_of_a_sharded_run_must_know_over_how_many_processes(tiny, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert planned_processes(None) == 4
     assert planned_processes(2) == 2
+
+
+MEASURE = """
+import json, sys, torch
+torch.set_num_threads(1)
+import diffalign
+from benchmarks.step import peak_of
+from diffalign.assemble import make_accelerator, make_optimizer
+from diffalign.config import parse
+from diffalign.denoisers.unet import SD
+from diffalign.fit import fit
+from diffalign.models.load import load_net_config, load_scheduler_config, pipeline_index
+from diffalign.models.policy import make_reference, share_out
+from diffalign.models.save import trainable
+from diffalign.rehearsal import _batches, encoding
+from diffalign.sharding import local, mesh_of
+
+cfg = parse(json.loads(open(sys.argv[1]).read())[0])
+accelerator = make_accelerator(cfg)
+net = SD.net_class().from_config(load_net_config(cfg.model, SD)).eval()
+if cfg.train.gradient_checkpointing:
+    net.enable_gradient_checkpointing()
+policy = SD.make_denoiser(net, load_scheduler_config(cfg.model), None)
+reference = make_reference(policy, adapted=False, lent=True)
+dtype = torch.bfloat16 if cfg.train.precision == "bf16" else None
+reference = share_out(net, reference, mesh_of(accelerator.device, 2), blocks=SD.blocks, dtype=dtype)
+optimizer = accelerator.prepare(make_optimizer(cfg, list(trainable(net).values())))
+inputs = encoding(cfg, SD, pipeline_index(cfg.model, weights=False))
+steps = fit(policy, reference.denoiser, cfg.method, _batches(cfg, inputs), optimizer, steps=9, max_grad_norm=1.0,
+            accelerator=accelerator)
+for _ in range(2):
+    next(steps)
+own = sum(4 * x.numel() for x in local(net.parameters()))
+print("FOUND", json.dumps([own, peak_of(lambda: next(steps), torch.device("cpu"))]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_step_holds_less_than_the_plan_says_and_more_than_half(tiny, tmp_path):
+    table = plan_config(tiny, train={"trainable": "full", "batch_size": 1, "shard": True})
+    lines = run_all([table], 2, tmp_path, script=MEASURE).splitlines()
+    found = [json.loads(line.removeprefix("FOUND ")) for line in lines if line.startswith("FOUND ")]
+    use = plan(parse(table), processes=2).memory
+    for own, peak in found:
+        print(f"own {use.weights / own:.3f} of {own / 1e6:.2f} MB, step {use.step / peak:.3f} of {peak / 1e6:.2f} MB")
+        assert own == pytest.approx(use.weights, rel=0.01)
+        assert use.step / 2 < peak < use.step

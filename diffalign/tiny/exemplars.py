@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
+from diffalign.data.sounds import wav
 from diffalign.errors import InputError, near_match
 from diffalign.evaluate.sound_pictures import sheet
 from diffalign.tiny import playing, sounds
@@ -83,17 +83,9 @@ def write_clips(
         captions.append(sounds.caption(sound, rng))
         clip = playing.render(sound, rng, care)
         files.append(folder / f"{row:05d}.wav")
-        write_wav(files[-1], clip)
+        files[-1].write_bytes(wav(torch.from_numpy(clip)[None], RATE_HZ))
         shown += [torch.from_numpy(clip)[None]] if row < SHEET else []
     lines = [json.dumps({"file_name": f.name, "prompt": c}) for f, c in zip(files, captions, strict=True)]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     sheet(shown, captions[:SHEET], RATE_HZ).save(folder / "sheet.png")
     return files
-
-
-def write_wav(file: Path, clip: Float[np.ndarray, " s"]) -> None:
-    """Writes a clip as 16-bit mono."""
-    from scipy.io import wavfile
-
-    steps = (clip * 2.0**15).round().clip(-(2**15), 2**15 - 1)
-    wavfile.write(file, RATE_HZ, steps.astype(np.int16))
