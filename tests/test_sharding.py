@@ -249,6 +249,10 @@ class Held(Collator):
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def alike(self) -> list[list[int]]:
+        return [list(range(self.count))]
+
     def batch(self, rows: Sequence[int], samples: Sequence[int]) -> PairBatch:
         self.asked.extend(rows)
         return replace(pairs(size=1, seed=rows[0]), samples=tuple(samples))
