@@ -196,6 +196,7 @@ def rehearsed(folder: Path, world: str, kind: bool | str):
         image_flop=0,
         prompt_flop=0,
         weights=0,
+        largest=0,
         peak=0,
     )
     return rehearse(cfg, SD, inputs, Evaluations(with_gradient=2.0, without_gradient=2.0), device="cpu")
