@@ -95,7 +95,10 @@ def test_a_broken_file_ends_in_one_line_that_names_the_place(tmp_path, name, tex
 
 
 def test_a_missing_file_lists_the_sets(tmp_path):
-    with pytest.raises(InputError, match=r"a set by name \(.*tiny, tiny-train\), got 'tinny'; did you mean 'tiny'"):
+    with pytest.raises(
+        InputError,
+        match=r"a set by name \(.*tiny, .*tiny-train\), got 'tinny'; did you mean 'tiny'",
+    ):
         read_prompts("tinny")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match="UTF-8"):
