@@ -21,8 +21,9 @@ from torch import Tensor
 
 from diffalign.assemble import Parts
 from diffalign.checkpoint import enough_room, write_atomic
-from diffalign.data.batches import CachedRows, Collator, Turn
+from diffalign.data.batches import CachedRows, Collator
 from diffalign.data.cache import save_shard
+from diffalign.data.orders import Turn
 from diffalign.errors import RunError
 from diffalign.methods.measure import image_errors, pair_errors
 from diffalign.models.load import load_scheduler_config

@@ -8,7 +8,7 @@ from typing import Any, cast
 from diffalign import rng
 from diffalign.assemble import Parts
 from diffalign.checkpoint import enough_room
-from diffalign.data.batches import Order
+from diffalign.data.orders import Order
 from diffalign.online.parts import OnlineParts
 from diffalign.online.sampling import sample_part
 from diffalign.online.scoring import Scoring, images_of

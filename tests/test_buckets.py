@@ -15,11 +15,12 @@ from diffalign import cli
 from diffalign.checks import buckets_of
 from diffalign.config import parse
 from diffalign.data import cache as disk
-from diffalign.data.batches import Collator, LatentScale, Order, stream
+from diffalign.data.batches import Collator, LatentScale, stream
 from diffalign.data.buckets import BucketOrder, bucket_table, check_filled, name_of, nearest
 from diffalign.data.cache import Share
 from diffalign.data.check import check
 from diffalign.data.images import Placement, Preprocessing, decode, to_size
+from diffalign.data.orders import Order
 from diffalign.data.pairs import PairReader, PairSource
 from diffalign.data.prepare import CacheJob, Encoders, cached, split_cached, split_live
 from diffalign.denoisers import FAMILIES

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.data import cache as disk
-from diffalign.data.batches import CachedRows, Collator, LatentScale, Order, stream
+from diffalign.data.batches import CachedRows, Collator, LatentScale, stream
 from diffalign.data.cache import CacheReader, Share
 from diffalign.data.check import check
 from diffalign.data.images import Placement, Preprocessing, decode, place, to_size
+from diffalign.data.orders import Order
 from diffalign.data.pairs import Counts, Dropped, PairReader, PairSource, Row
 from diffalign.data.prepare import CacheJob, Encoders, cached
 from diffalign.errors import InputError

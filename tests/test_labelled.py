@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from diffalign.config import parse
-from diffalign.data.batches import CachedRows, Collator, Drawn, LatentScale, stream
+from diffalign.data.batches import CachedRows, Collator, LatentScale, stream
 from diffalign.data.cache import CacheReader, Share, read_table
 from diffalign.data.images import Preprocessing
+from diffalign.data.orders import Drawn
 from diffalign.data.pairs import Dropped, PairReader, PairSource, Row
 from diffalign.data.prepare import CacheJob, cached, split_cached, split_live
 from diffalign.errors import InputError
