@@ -20,15 +20,13 @@ from diffalign.errors import RunError
 from diffalign.logbook import Logbook
 from diffalign.online.collate import RoundCollator, RoundOrder, turns_of
 from diffalign.online.sampling import remember_old
+from diffalign.online.settings import KEPT_POLICIES
 from diffalign.online.store import Store
 from diffalign.online_round import OwnRound, sample, tidy
 from diffalign.online_scores import scored_images, statistics
 from diffalign.pool import Pool
 from diffalign.rounds import Phase
 from diffalign.types import Cond, Denoiser, FollowsOld, Selection
-
-KEPT_POLICIES = 3
-"""Rounds whose reference or slow copy stays on disk: more than a resumed run goes back."""
 
 
 def own_phases(parts: Parts, book: Logbook) -> Iterator[Phase]:
@@ -168,8 +166,7 @@ def _remember_old(this: OwnRound, store: Store, collator: RoundCollator, policy:
     """Log-probs of the policy that sampled, computed again where training sees other batches than sampling did."""
     parts, settings, needs = this.parts, this.online.settings, this.parts.cfg.method.needs
     t = parts.cfg.train
-    same_shape = t.batch_size == settings.batch_size and settings.images % settings.batch_size == 0
-    if not needs.mean_old and (settings.old_log_probs == "rollout" or same_shape):
+    if not settings.evaluated_again(t.batch_size, mean_old=needs.mean_old):
         return
     missing = [part for part in store.parts if not store.has_old(part)]
     parts.accelerator.wait_for_everyone()
