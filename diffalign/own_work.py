@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from diffalign.checks import context_of
 from diffalign.denoisers import Family
 from diffalign.online.collate import turns_of
 from diffalign.online.parts import make_walk
@@ -52,7 +53,7 @@ def own_walk(cfg: TrainConfig, family: Family) -> KernelWalk:
     Raises:
         InputError: It cannot be on this model.
     """
-    return make_walk(_own(cfg), cfg.method.needs, cfg.model, levels=family.levels)
+    return make_walk(_own(cfg), cfg.method.needs, cfg.model, family=family, context=context_of(cfg, family))
 
 
 def own_evaluations(cfg: TrainConfig, denoiser: Denoiser, walk: KernelWalk, *, reference: bool) -> Evaluations:

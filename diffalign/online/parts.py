@@ -1,6 +1,6 @@
 """What an online run is made of beside its policy: prompts, encoders, judges, the walk that samples."""
 
-from collections.abc import Callable, Sequence
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from diffalign.data.batches import LatentScale
 from diffalign.data.prepare import Encoders, vae_scale
 from diffalign.data.prompts import PromptSet, read_prompts
 from diffalign.denoisers import Context, Family
+from diffalign.denoisers.family import PLAIN
 from diffalign.errors import InputError
 from diffalign.evaluate.media import Medium, medium_of
 from diffalign.models.load import ModelSource, load_scheduler_config
@@ -84,7 +85,7 @@ def make_online(
         scale=vae_scale(source),
         medium=medium,
         judges=None if settings.by_people else load_judges(settings, medium),
-        walk=make_walk(settings, needs, source, levels=family.levels),
+        walk=make_walk(settings, needs, source, family=family, context=context),
         shape=context.latents,
         old=make_old(policy, adapted=adapted) if needs.old else None,
     )
@@ -95,12 +96,14 @@ def make_walk(
     needs: Needs,
     source: ModelSource,
     *,
-    levels: Callable[[int], Sequence[float]] | None = None,
+    family: Family | None = None,
+    context: Context = PLAIN,
 ) -> KernelWalk:
     """The walk that samples, and for methods on moves is trained on.
 
     Args:
-        levels: Those of the stock sampler, of a family that has its own.
+        family: None is one without levels of its own and without a shift that grows with the image.
+        context: How large what is made is.
 
     Raises:
         InputError: A kernel that is not for this model, one without noise where log-probs are needed, or a window that
@@ -116,7 +119,9 @@ def make_walk(
     chosen = choose_kernel(
         settings.kernel, flows=str(config.get("_class_name", "")).startswith("FlowMatch"), on_moves=on_moves
     )
-    schedule = make_schedule(chosen.name, config, settings.steps, table=settings.table, sigmas=levels)
+    levels = None if family is None else family.levels
+    tokens = None if family is None else math.prod(context.latents[1:]) // family.patch**2
+    schedule = make_schedule(chosen.name, config, settings.steps, table=settings.table, sigmas=levels, tokens=tokens)
     noisy = noisy_steps(chosen, schedule)
     if on_moves and not noisy:
         raise InputError(
