@@ -104,6 +104,9 @@ def _round(found: "Plan") -> list[tuple[str, str, str]]:
         ("rounds", f"{own.rounds:,}", f"{own.images:,} images each, on {own.processes} processes"),
         ("sampling a round", f"{own.sampling:,}", f"evaluations, {own.moves} moves an image{guided}"),
         ("log-probs again", f"{own.again:,}", "evaluations, of the policy that sampled") if own.again else None,
+        ("under the reference", f"{own.under_reference:,}", "evaluations, for the KL in the reward")
+        if own.under_reference
+        else None,
         (f"{many(found.unit)} a round", f"{own.items:,}", _noisy_words(found)),
         ("training a round", f"{own.with_gradient:,}", "evaluations with gradient"),
         ("without gradient", f"{own.without_gradient:,}", kinds) if own.without_gradient else None,

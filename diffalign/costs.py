@@ -29,8 +29,8 @@ class Work:
     encoding: int
     """Building the cache once, errors of the reference at fixed draws too; without a cache it is in every step."""
     sampling: int
-    """Making a round's own images over all processes, from their prompts' encoding to their decoding, and computing
-    log-probs of the policy that sampled again; 0 without own images."""
+    """Making a round's own images over all processes, from their prompts' encoding to their decoding, and log-probs
+    of the policy that sampled again and of the reference; 0 without own images."""
     total: int
     """Of the run on one device, without pictures and validation."""
 
@@ -96,7 +96,8 @@ def flop_of(
     if cfg.rounds is not None:
         total += _sampled(cfg, source.rows) * cfg.rounds.steps * (2 if cfg.rounds.guidance > 1 else 1) * r.reference
     if own is not None and cfg.online is not None:
-        shared_out = (own.sampling + own.again) * r.forward + own.images * inputs.image_flop
+        shared_out = (own.sampling + own.again) * r.forward + own.under_reference * (r.reference or r.forward)
+        shared_out += own.images * inputs.image_flop
         prompts = (cfg.online.prompts + 1) * inputs.prompt_flop  # every process encodes all of them
         sampling = shared_out + own.processes * prompts
         total += own.rounds * (shared_out / own.processes + prompts)
@@ -135,6 +136,8 @@ def _round_bytes(cfg: TrainConfig, inputs: Encoding, own: RoundWork, kept: int) 
     assert cfg.online is not None, "a run on its own images has rounds of them"
     latent = math.prod(inputs.latent)
     one = kept * latent * getattr(torch, cfg.online.store_dtype).itemsize + 4 * latent + 4 * own.noisy
+    if own.under_reference:
+        one += 4 * own.noisy
     if own.again:
         one += 4 * own.noisy * (1 + (latent if cfg.method.needs.mean_old else 0))
     return own.images * one

@@ -46,6 +46,11 @@ def check_online(config: TrainConfig) -> None:
             f"config.train.batch_size must be a multiple of online.group, {online.group}, with method {name!r}, which "
             f"compares whole groups; got {config.train.batch_size}"
         )
+    if needs.log_ratio and len(online.rewards) > 1:
+        raise InputError(
+            f"config.online.rewards must be one with method.kl_reward, which each score would lose, got "
+            f"{len(online.rewards)}; make one of them with diffalign.rewards.composite"
+        )
     if online.set_reward is not None and not needs.of_sets:
         raise InputError(
             f"config.online.set_reward must be left out with method {name!r}, which scores images one by one"

@@ -39,6 +39,8 @@ class RoundWork:
     """Evaluations that sample."""
     again: int
     """Evaluations for log-probs of the policy that sampled; 0 where the rollout's own are taken."""
+    under_reference: int
+    """Evaluations for log-probs of the reference, of a method that has the KL in its reward."""
     items: int
     """Moves, pairs or images that the updates go over, each as often as it is trained."""
     with_gradient: int
@@ -122,6 +124,7 @@ def round_work(cfg: TrainConfig, walk: KernelWalk, work: Evaluations, processes:
         noisy=noisy,
         sampling=own.images * own.steps * guided,
         again=_again(cfg, noisy) * guided,
+        under_reference=own.images * noisy * guided if cfg.method.needs.log_ratio else 0,
         items=items,
         with_gradient=round(items * work.with_gradient),
         without_gradient=round(items * work.without_gradient),

@@ -100,7 +100,8 @@ class Plan:
             return None
         one = (seen.move * self.own.moves + seen.decoding) / seen.images
         evaluation = seen.move * self.own.images * self.own.moves / (self.own.sampling * seen.images)
-        return (self.own.images * one + self.own.again * evaluation) / self.own.processes
+        more = self.own.again + self.own.under_reference
+        return (self.own.images * one + more * evaluation) / self.own.processes
 
     @property
     def hours(self) -> float | None:

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.step import peak_of
-from diffalign import cli, cli_plan, online_rounds, shipped
+from diffalign import cli, cli_plan, online_round, online_rounds, shipped
 from diffalign.assemble import assemble, claim_folder
 from diffalign.bare import bare_net, encoding
 from diffalign.checks import context_of, reference_kind
@@ -52,7 +52,9 @@ class Seen:
     """Samples through a network, by what it was run for."""
 
     phase: str = "training"
-    plain: dict[str, int] = field(default_factory=lambda: {"training": 0, "sampling": 0, "again": 0})
+    plain: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("training", "sampling", "again", "reference"), 0)
+    )
     graded: int = 0
 
     def during(self, phase, work):
@@ -78,6 +80,8 @@ def counted(cfg, monkeypatch) -> Seen:
     """What the engine itself asks of the network, over all rounds of a run."""
     seen = Seen()
     monkeypatch.setattr(sampling, "rollout", seen.during("sampling", sampling.rollout))
+    reference = online_round.reference_log_probs
+    monkeypatch.setattr(online_round, "reference_log_probs", seen.during("reference", reference))
     monkeypatch.setattr(online_rounds, "remember_old", seen.during("again", online_rounds.remember_old))
     parts = assemble(cfg)
     claim_folder(parts)
@@ -97,6 +101,12 @@ RUNS = {
         {"steps": 6, "window": {"size": 2}, "guidance": 2.0, "batch_size": 4},
         {"accumulate": 2},
     ),
+    "a KL in the reward": (
+        "sd3",
+        {"name": "flow_grpo", "kl": 0.0, "kl_reward": 0.1},
+        {"steps": 4, "guidance": 2.0, "updates": 1, "batch_size": 3},
+        {"steps": 2, "accumulate": 6},
+    ),
     "a slow copy": ("sd3", "diffusion_nft", {"steps": 8, "batch_size": 4}, {"accumulate": 7}),
     "groups": ("sd", "dgpo", {"steps": 8}, {"accumulate": 4}),
     "no reference": ("sd3", "curated", {"steps": 8, "guidance": 2.0, "batch_size": 4}, {}),
@@ -106,17 +116,18 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_calls_are_those_of_the_engine_itself(world, tmp_path, monkeypatch, name):
     model, method, online, train = RUNS[name]
-    run = table(world, tmp_path / "run", model=model, online=online, train=train)
-    run["method"] = {"name": method} if isinstance(method, str) else method
+    run = table(world, tmp_path / "run", model=model, method=method, online=online, train=train)
     cfg = parse(run)
     found = plan(cfg).own
     seen = counted(cfg, monkeypatch)
     assert found.rounds == 2
     assert seen.plain["sampling"] == 2 * found.sampling
     assert seen.plain["again"] == 2 * found.again
+    assert seen.plain["reference"] == 2 * found.under_reference
     assert seen.graded == 2 * found.with_gradient
     assert seen.plain["training"] == 2 * found.without_gradient
-    assert (found.again > 0) == (name in ("ddpo computed again", "a window with means"))
+    assert (found.again > 0) == (name in ("ddpo computed again", "a window with means", "a KL in the reward"))
+    assert (found.under_reference > 0) == (name == "a KL in the reward")
     assert (found.of_old > 0) == (name in ("a slow copy", "groups"))
 
 

@@ -117,6 +117,8 @@ class Needs:
     """A reward of whole sets may judge the images."""
     mean_old: bool = False
     """Moves come with the mean of the policy that made them."""
+    log_ratio: bool = False
+    """Images come with how much likelier their moves were under the policy that made them than under the reference."""
     errors: ErrorKind | None = None
     """Of a method to which the reference is its errors at each draw and nothing more, so that they may be known
     beforehand: which errors."""
@@ -158,6 +160,9 @@ class Scored:
     embedded: Embedded | None = None
     """The images in the space of `set_reward`."""
     set_reward: SetReward | None = None
+    log_ratio: Float[Tensor, " n"] | None = None
+    """Sum over an image's moves with noise of log_prob - log_prob_ref, as they were sampled, each averaged over
+    elements; where the method asks for it."""
 
     def __len__(self) -> int:
         return len(self.group)
