@@ -14,6 +14,7 @@ from diffalign.config import dump
 from diffalign.data.batches import Collator
 from diffalign.data.cache import Share
 from diffalign.data.pairs import Counts
+from diffalign.data.prompts import read_prompts
 from diffalign.denoisers import Context, Family
 from diffalign.errors import InputError
 from diffalign.guard.parts import GuardParts, Standing, make_guard
@@ -24,7 +25,7 @@ from diffalign.online.parts import OnlineParts, make_online
 from diffalign.online.settings import OnlineSettings
 from diffalign.online_checks import check_work
 from diffalign.placing import make_accelerator, make_ema, make_optimizer, pick_attention, place_net
-from diffalign.rows import make_collators
+from diffalign.rows import make_collators, prompts_of
 from diffalign.run_folder import find_checkpoint
 from diffalign.settings import TrainConfig
 from diffalign.sharding import cut_optimizer, local, mesh_of, rows_of
@@ -61,7 +62,7 @@ class Parts:
     """Kernel that attention runs on."""
     ema: Any | None
     collator: Collator | None
-    """None for a run on its own images."""
+    """None for a run on its own images, unless some of the data's are mixed in."""
     held: Collator | None
     """Held-out rows, without prompt dropout."""
     online: OnlineParts | None
@@ -100,7 +101,7 @@ def assemble(cfg: TrainConfig) -> Parts:
     rounding = rounding_of(cfg, accelerator.device)
     policy = load_policy(cfg.model, family, cfg.timesteps, lora=lora, seed=cfg.seed, context=told, rounding=rounding)
     collator, held, counts = None, None, Counts()
-    if cfg.online is None:
+    if cfg.online is None or cfg.method.needs.real:
         collator, held, counts = make_collators(cfg, family, folder, share, accelerator)
     check_batch(cfg, share.of)
 
@@ -109,7 +110,9 @@ def assemble(cfg: TrainConfig) -> Parts:
     kind = reference_kind(cfg)
     moves, lent = kind in ("ema", "pool"), cfg.train.shard
     reference = None if kind == "none" else make_reference(policy, adapted=adapted, moves=moves, lent=lent)
-    online = None if cfg.online is None else make_rounds(cfg, cfg.online, family, policy, told, accelerator, share)
+    online = None
+    if cfg.online is not None:
+        online = make_rounds(cfg, cfg.online, family, policy, told, accelerator, share, real=collator)
     if cfg.train.shard:
         mesh = mesh_of(accelerator.device, share.of)
         dtype = torch.bfloat16 if cfg.train.precision == "bf16" else None
@@ -151,16 +154,17 @@ def make_rounds(
     told: Context,
     accelerator: Any,
     share: Share,
+    *,
+    real: Collator | None,
 ) -> OnlineParts:
-    """What the rounds of an online run are made with."""
+    """What the rounds of an online run are made with; prompts are those of the real rows, where there are some."""
     online = make_online(
         settings,
         cfg.method.needs,
         cfg.model,
         family,
         policy,
-        prompts=cfg.data.path,
-        limit=cfg.data.limit,
+        prompts=read_prompts(cfg.data.path, cfg.data.limit) if real is None else prompts_of(cfg.data.path, real.rows),
         zeros=cfg.data.empty_prompt == "zeros",
         context=told,
         adapted=cfg.train.trainable == "lora",

@@ -19,6 +19,7 @@ from diffalign.denoisers.guided import Guided
 from diffalign.errors import RunError
 from diffalign.logbook import Logbook
 from diffalign.online.collate import RoundCollator, RoundOrder, turns_of
+from diffalign.online.real import real_before, with_real
 from diffalign.online.sampling import remember_old
 from diffalign.online.settings import KEPT_POLICIES
 from diffalign.online.store import Store
@@ -71,7 +72,7 @@ def _begin(this: OwnRound, book: Logbook) -> Phase:
         policy=policy,
         reference=reference,
         old=None if online.old is None else online.old.denoiser,
-        collator=collator,
+        collator=with_real(collator, parts.collator, parts.cfg.method.needs),
         held=None,
         start=this.start,
         stop=this.first + online.settings.updates,
@@ -138,13 +139,14 @@ def _collator(
     parts, needs, settings = this.parts, this.parts.cfg.method.needs, this.online.settings
     assert needs.items is not None, "a method on prompts says what it is called with"
     t, moves = parts.cfg.train, len(this.online.walk.schedule)
+    first = this.first * t.batch_size * t.accumulate * parts.share.of
     turns, draw = turns_of(this.method, store.walk()[0], moves)
     order = RoundOrder(
         rows=len(selection.places),
         turns=turns,
         moves=moves,
         draw=draw,
-        first=this.first * t.batch_size * t.accumulate * parts.share.of,
+        first=first - real_before(first, needs.real_share),
         block=t.batch_size * parts.share.of,
         unit=settings.group if needs.whole_groups else 1,
         seed=parts.cfg.seed,

@@ -95,7 +95,8 @@ def own_batch(
         case "transition_pairs":
             return TransitionPairs(x_t_w=a, x_s_w=b, x_t_l=c, x_s_l=d, step=step, cond=cond, walk=walk, samples=samples)
         case "pairs":
-            return PairBatch(x_w=a, x_l=b, cond=cond, samples=samples)
+            real = ImageBatch(x_0=c, cond=cond, samples=samples) if method.needs.real_beside else None
+            return PairBatch(x_w=a, x_l=b, cond=cond, samples=samples, real=real)
         case "labelled":
             return ImageBatch(x_0=a, cond=cond, samples=samples, label=weight.sign())
         case _:

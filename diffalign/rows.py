@@ -13,6 +13,7 @@ from diffalign.data.cache import Share
 from diffalign.data.images import Preprocessing
 from diffalign.data.pairs import Counts, PairReader
 from diffalign.data.prepare import CacheJob, Encoders, cached, content_key, split_cached, split_live, vae_scale
+from diffalign.data.prompts import PromptSet
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
 from diffalign.settings import TrainConfig
@@ -22,13 +23,13 @@ from diffalign.types import Needs
 def make_collators(
     cfg: TrainConfig, family: Family, folder: Path, share: Share, accelerator: Any
 ) -> tuple[Collator, Collator | None, Counts]:
-    """Batches of rows to train on and of rows held out."""
+    """Batches of rows to train on and of rows held out; of a run on its own images the rows that are mixed in."""
     rows, held, counts = prepare_rows(cfg, family, folder, share, accelerator)
     check_prompts(cfg, rows)
     group = cfg.train.batch_size * cfg.train.accumulate * share.of
     collator = Collator(
         rows=rows,
-        kind=cfg.method.needs.batches,
+        kind="images" if cfg.method.needs.real else cfg.method.needs.batches,
         scale=vae_scale(cfg.model),
         seed=cfg.seed,
         prompt_dropout=cfg.data.prompt_dropout,
@@ -48,10 +49,11 @@ def prepare_rows(
 ) -> tuple[Rows, Rows | None, Counts]:
     """Rows to train on and rows held out, from the cache or encoded as they are asked for."""
     data, needs = cfg.data, cfg.method.needs
-    if needs.data == "prompts":
+    kind = "images" if needs.real else needs.data
+    if kind == "prompts":
         raise ValueError("cfg.method must train on images of the data to have rows, got one that makes its own")
-    reader = PairReader(data, bad_images=needs.data == "labelled")
-    reader.check_fits(needs.data, scores=needs.scores, swapped=data.swap_labels)
+    reader = PairReader(data, bad_images=kind == "labelled")
+    reader.check_fits(kind, scores=needs.scores, swapped=data.swap_labels)
     prep = Preprocessing(
         resolution=context_of(cfg, family).resolution,
         crop=data.crop,
@@ -104,3 +106,15 @@ def check_prompts(cfg: TrainConfig, rows: Rows) -> None:
             f"data.path must have prompts for method {method_name(cfg.method)!r}, which samples an image for each; got "
             f"{len(rows)} rows, all with blank ones"
         )
+
+
+def prompts_of(path: str, rows: Rows) -> PromptSet:
+    """The prompts of rows, each once, in their order.
+
+    Raises:
+        InputError: All are blank.
+    """
+    found = list(dict.fromkeys(prompt for row in range(len(rows)) if (prompt := rows.prompt(row)).strip()))
+    if not found:
+        raise InputError(f"data.path must have prompts to make images of, got {len(rows)} rows, all with blank ones")
+    return PromptSet(name=path, prompts=found, metadata=[{} for _ in found])

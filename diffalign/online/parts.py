@@ -8,7 +8,7 @@ import torch
 
 from diffalign.data.batches import LatentScale
 from diffalign.data.prepare import Encoders, vae_scale
-from diffalign.data.prompts import PromptSet, read_prompts
+from diffalign.data.prompts import PromptSet
 from diffalign.denoisers import Context, Family
 from diffalign.denoisers.family import PLAIN
 from diffalign.errors import InputError
@@ -58,8 +58,7 @@ def make_online(
     family: Family,
     policy: Any,
     *,
-    prompts: str,
-    limit: int | None,
+    prompts: PromptSet,
     zeros: bool,
     context: Context,
     adapted: bool,
@@ -71,16 +70,15 @@ def make_online(
     Raises:
         InputError: Prompts, rewards or a walk that cannot be.
     """
-    found = read_prompts(prompts, limit)
-    if len(found) < settings.prompts:
+    if len(prompts) < settings.prompts:
         raise InputError(
-            f"data.path must hold at least the {settings.prompts} prompts of a round, got {len(found)}; lower "
+            f"data.path must hold at least the {settings.prompts} prompts of a round, got {len(prompts)}; lower "
             "online.prompts"
         )
     medium = medium_of(family.modality, context, heard_hz=settings.heard_hz, mono=settings.mono)
     return OnlineParts(
         settings=settings,
-        prompts=found,
+        prompts=prompts,
         encoders=Encoders(source, family, device, zeros=zeros, offload=offload, context=context),
         scale=vae_scale(source),
         medium=medium,

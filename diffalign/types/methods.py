@@ -119,9 +119,18 @@ class Needs:
     """Moves come with the mean of the policy that made them."""
     log_ratio: bool = False
     """Images come with how much likelier their moves were under the policy that made them than under the reference."""
+    real_share: float = 0.0
+    """Of a method that takes prompts: share of its samples that are rows of the data, with their images."""
+    real_beside: bool = False
+    """Of a method that takes prompts: every pair comes with a row of the data beside it."""
     errors: ErrorKind | None = None
     """Of a method to which the reference is its errors at each draw and nothing more, so that they may be known
     beforehand: which errors."""
+
+    @property
+    def real(self) -> bool:
+        """Prompts are those of data with images, which are trained on too."""
+        return self.real_share > 0 or self.real_beside
 
     @property
     def batches(self) -> Literal["pairs", "images", "labelled"]:
