@@ -313,6 +313,31 @@ def test_people_judge_where_no_reward_does(world, tmp_path):
     assert rounds_of(result.folder)[0]["score/people"] == pytest.approx(0.5)
 
 
+def test_labels_that_cannot_be_end_the_run_in_one_line_and_nothing_is_lost(world, tmp_path):
+    run = table(world, tmp_path / "run", online={"rewards": []}, train={"steps": 2})
+    with pytest.raises(RunError, match="waits for people"):
+        diffalign.train(run)
+    folder = tmp_path / "run" / "rounds" / "round-1"
+    before = {file: file.read_bytes() for file in folder.glob("*/*.png")} | {
+        file: file.read_bytes() for file in folder.glob("part-*")
+    }
+    ids = [json.loads(line)["id"] for line in (folder / "labels-template.jsonl").read_text().splitlines()]
+    rows = [{"id": one, "label": label} for one, label in zip(ids, (1, 0, -1, 2), strict=True)]
+    for bad, words in (
+        ([*rows, {"id": "00009-0", "label": 1}], r"line 5: id must be an image of this round, got '00009-0'"),
+        (rows[:-1], r"00001-1"),
+    ):
+        (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+        with pytest.raises(InputError, match=words):
+            diffalign.train({**run, "resume": "latest"})
+        assert {file: file.read_bytes() for file in before} == before
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    diffalign.train({**run, "resume": "latest"})
+    assert {file: file.read_bytes() for file in before if file.suffix == ".png"} == {
+        file: data for file, data in before.items() if file.suffix == ".png"
+    }
+
+
 def test_labels_do_what_the_reward_that_they_were_made_by_does(world, tmp_path):
     by_reward = diffalign.train(table(world, tmp_path / "reward", train={"steps": 2}))
     files = sorted((by_reward.folder / "rounds" / "round-1").glob("scores-*.json"))
@@ -346,6 +371,8 @@ def test_a_reward_that_cannot_judge_ends_the_run_in_one_line(world, tmp_path, re
     ("sections", "words"),
     [
         ({"online": {"kernel": {"name": "ddim", "eta": 0.0}}}, r"online\.kernel must have noise"),
+        ({"model": "sd3", "online": {"kernel": {"name": "flow_sde", "eta": 0.0}}}, r"online\.kernel must have noise"),
+        ({"method": "ddpo", "online": {"kernel": {"name": "ode"}}}, r"online\.kernel must have noise"),
         ({"online": {"kernel": {"name": "flow_sde"}}}, r"kernel must fit a DDPM model, got 'flow_sde'"),
         ({"online": {"group": 1}}, r"config\.online\.group must be at least 2 with method 'd3po'"),
         ({"online": {"prompts": 5}}, r"data\.path must hold at least the 5 prompts of a round, got 4"),
