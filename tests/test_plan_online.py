@@ -215,16 +215,14 @@ def test_memory_of_training_is_what_a_real_step_holds(name, changes):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("tiny_sd_ddpo", []),
+        ("tiny_sd_ddpo", ["train.accumulate=10"]),
         ("tiny_sd_d3po", ["online.store_dtype=float16"]),
-        ("tiny_sd3_flow_grpo", ["online.batch_size=32", "online.prompts=16"]),
-        ("tiny_sd3_diffusion_nft", []),
+        ("tiny_sd3_flow_grpo", ["train.accumulate=72", "online.batch_size=32", "online.prompts=16"]),
+        ("tiny_sd3_diffusion_nft", ["train.accumulate=4"]),
     ],
 )
 def test_memory_of_sampling_is_what_a_real_batch_holds(tmp_path, name, changes):
-    cfg = small(name, "train.accumulate=10", f"output={tmp_path / 'run'}", *changes)
-    if "online.prompts=16" in changes:
-        cfg = small(name, "train.accumulate=72", f"output={tmp_path / 'run'}", *changes)
+    cfg = small(name, f"output={tmp_path / 'run'}", *changes)
     family = detect_family(cfg.model)
     inputs = encoding(cfg, family, pipeline_index(cfg.model, weights=False))
     r, walk = rehearsed(cfg, family, inputs)
@@ -276,7 +274,8 @@ def test_copies_of_the_policy_are_counted_in_memory_and_on_disk(world, tmp_path,
 
 
 def test_a_run_that_does_not_fit_samples_fewer_at_a_time_first():
-    cfg = small("tiny_sd_curated", "train.steps=1", "train.device=auto", "online.batch_size=64", "online.prompts=32")
+    sizes = ("train.steps=1", "train.accumulate=16", "online.batch_size=64", "online.prompts=32")
+    cfg = small("tiny_sd_curated", "train.device=auto", *sizes)
     changes = [keys[0] for keys, _, _ in leaner(cfg)]
     assert changes[:2] == ["online.batch_size=32", "online.batch_size=16"]
     assert "data.encode_batch_size=1" not in changes
