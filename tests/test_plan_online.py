@@ -132,9 +132,9 @@ def test_calls_are_those_of_the_engine_itself(world, tmp_path, monkeypatch, name
 
 
 def small(name: str, *changes: str):
-    """A shipped run with rounds of four images."""
+    """A shipped run with rounds of four images and ten guided moves, whatever its own settings are."""
     sizes = ["online.prompts=2", "online.group=2", "online.updates=1", "online.batch_size=4", "train.batch_size=4"]
-    return load(name, [*sizes, *changes])
+    return load(name, [*sizes, "online.steps=10", "online.guidance=2.0", "lora.rank=16", *changes])
 
 
 def test_a_micro_batch_is_planned_as_it_is_called(world):
@@ -150,8 +150,8 @@ def test_a_micro_batch_is_planned_as_it_is_called(world):
 
 def test_processes_share_out_what_is_sampled_and_each_reads_all_prompts():
     changes = ("train.accumulate=5", "train.steps=2")
-    one = plan(small("tiny_sd_ddpo", *changes, "train.batch_size=8", "online.steps=10"), processes=1)
-    two = plan(small("tiny_sd_ddpo", *changes, "train.batch_size=4", "online.steps=10"), processes=2)
+    one = plan(small("tiny_sd_ddpo", *changes, "train.batch_size=8"), processes=1)
+    two = plan(small("tiny_sd_ddpo", *changes, "train.batch_size=4"), processes=2)
     assert one.own.items == two.own.items
     assert one.own.sampling == two.own.sampling
     assert two.flop.per_step * 2 == one.flop.per_step
@@ -288,7 +288,7 @@ def test_a_run_that_does_not_fit_samples_fewer_at_a_time_first():
 
 def test_a_round_that_does_not_come_out_even_is_one_line():
     with pytest.raises(InputError, match="the updates of a round must see all of its 4 images at 10 moves equally"):
-        plan(small("tiny_sd_ddpo", "train.accumulate=3", "online.steps=10"))
+        plan(small("tiny_sd_ddpo", "train.accumulate=3"))
 
 
 @pytest.mark.slow
@@ -302,7 +302,8 @@ def test_every_shipped_run_of_a_local_model_has_a_plan(name):
 
 def test_the_command_has_a_section_of_rounds_and_measures_a_few_moves(tmp_path, monkeypatch):
     file = tmp_path / "plan.json"
-    changes = ["online.prompts=2", "online.group=2", "online.updates=1", "online.batch_size=2", "train.batch_size=2"]
+    sizes = ["online.prompts=2", "online.group=2", "online.updates=1", "online.batch_size=2", "train.batch_size=2"]
+    changes = [*sizes, "online.steps=10"]
     words = ["plan", "tiny_sd_d3po", *changes, "train.accumulate=3", "--measure", "--json", str(file)]
     monkeypatch.setattr(cli_plan, "out", cli_plan.Console(width=80))
     result = CliRunner().invoke(cli.app, words)
