@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import method_measures as measures
 from benchmarks.shuffled_labels import shuffle_labels
 from benchmarks.step import peak_of
-from diffalign.assemble import Parts, assemble, claim_folder, make_accelerator, prepare_rows
+from diffalign.assemble import Parts, assemble, claim_folder
 from diffalign.checkpoint import write_atomic
 from diffalign.config import dump, load, parse
 from diffalign.data.batches import Collator
@@ -35,6 +35,8 @@ from diffalign.environment import describe
 from diffalign.errors import InputError
 from diffalign.logbook import Logbook
 from diffalign.models.load import detect_family, load_net
+from diffalign.placing import make_accelerator
+from diffalign.rows import prepare_rows
 from diffalign.settings import TrainConfig
 from diffalign.shipped import DATASETS, assets, configs
 from diffalign.tiny.build import GUIDANCE

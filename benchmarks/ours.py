@@ -16,7 +16,6 @@ from torch import Tensor
 
 from benchmarks.plain import LR, MAX_GRAD_NORM, RANK, SLOPE, VAE_BATCH, Precision
 from benchmarks.worlds import World
-from diffalign.assemble import make_accelerator, make_optimizer, place_net
 from diffalign.data.batches import Collator, LatentScale, Source, stream
 from diffalign.data.cache import Share
 from diffalign.denoisers.unet import SD
@@ -27,6 +26,7 @@ from diffalign.models.load import ModelSource
 from diffalign.models.lora import LoraSettings, adapter_reference, add_lora
 from diffalign.models.save import trainable
 from diffalign.paths import NoisePath, Prediction
+from diffalign.placing import make_accelerator, make_optimizer, place_net
 from diffalign.recompute import Checkpointing
 from diffalign.rng import SampleRng
 from diffalign.settings import DataSettings, OptimizerSettings, TrainConfig, TrainSettings

@@ -83,6 +83,7 @@ def _data(cfg: TrainConfig, counts: Counts, step: int) -> str:
     return (
         f"Its own images of {counts.rows} prompts of `{cfg.data.path}`: {rounds} rounds of {own.images}, {own.group} a "
         f"prompt, judged by {', '.join(judges) or 'people'}."
+        + (" Images of that data were trained on too." if cfg.method.needs.real else "")
     )
 
 

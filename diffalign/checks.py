@@ -359,6 +359,11 @@ def _check_without_images(config: TrainConfig, family: Family) -> None:
             f"config.method must be one on prompts with the family {family.name!r}, since data are read as images; got "
             f"{method_name(config.method)!r}; take one that makes its own samples, such as 'dragon' or 'ddpo'"
         )
+    if config.method.needs.real:
+        raise InputError(
+            f"config.method must mix in no images of the data with the family {family.name!r}, which makes none; got "
+            f"{method_name(config.method)!r} with real_share or real_weight"
+        )
     for name, section in (("samples", config.samples), ("guard", config.guard)):
         if section is not None:
             raise InputError(

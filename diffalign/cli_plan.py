@@ -65,7 +65,7 @@ def verdict(found: "Plan") -> str:
 def tables(found: "Plan") -> Table:
     """Everything that the plan knows, by section."""
     table = Table("what", "value", "of what", title_justify="left", width=78)
-    for section in (_work, _memory, _disk):
+    for section in (_work, _round, _memory, _disk):
         rows = section(found)
         for i, row in enumerate(rows):
             table.add_row(*row, end_section=i + 1 == len(rows))
@@ -74,7 +74,7 @@ def tables(found: "Plan") -> Table:
 
 def _work(found: "Plan") -> list[tuple[str, str, str]]:
     r, flop = found.rehearsal, found.flop
-    micro = f"{found.batch_size} x {found.accumulate} {found.unit}s a device"
+    micro = f"{found.batch_size} x {found.accumulate} {many(found.unit)} a device"
     rows = [
         ("parameters", millions(r.parameters), f"of the denoiser, family {found.family}"),
         ("trainable", millions(r.trainable), f"method {found.method}"),
@@ -94,6 +94,36 @@ def _work(found: "Plan") -> list[tuple[str, str, str]]:
     return rows
 
 
+def _round(found: "Plan") -> list[tuple[str, str, str]]:
+    own = found.own
+    if own is None:
+        return []
+    kinds = f"{own.of_old:,} of them of the old policy" if own.of_old else "of the reference"
+    guided = ", guided" if own.sampling > own.images * own.moves else ""
+    rows = [
+        ("rounds", f"{own.rounds:,}", f"{own.images:,} images each, on {own.processes} processes"),
+        ("sampling a round", f"{own.sampling:,}", f"evaluations, {own.moves} moves an image{guided}"),
+        ("log-probs again", f"{own.again:,}", "evaluations, of the policy that sampled") if own.again else None,
+        ("under the reference", f"{own.under_reference:,}", "evaluations, for the KL in the reward")
+        if own.under_reference
+        else None,
+        (f"{many(found.unit)} a round", f"{own.items:,}", _noisy_words(found)),
+        ("training a round", f"{own.with_gradient:,}", "evaluations with gradient"),
+        ("without gradient", f"{own.without_gradient:,}", kinds) if own.without_gradient else None,
+        ("work to sample", tflop(found.flop.sampling), "a round, all processes, without judges"),
+    ]
+    if found.seconds_a_round is not None:
+        rows.append(("seconds to sample", f"{found.seconds_a_round:.3g}", "a round, from measured moves"))
+    return [row for row in rows if row is not None]
+
+
+def _noisy_words(found: "Plan") -> str:
+    own = found.own
+    if own is None or "move" not in found.unit:
+        return "that updates go over"
+    return f"that updates go over; {own.noisy} of {own.moves} have noise"
+
+
 def _memory(found: "Plan") -> list[tuple[str, str, str]]:
     m = found.memory
     rows = [
@@ -102,7 +132,7 @@ def _memory(found: "Plan") -> list[tuple[str, str, str]]:
         ("second network", m.second_network, "frozen copy, as reference"),
         ("optimizer states", m.optimizer, ""),
         ("moving average", m.ema, "of trained weights"),
-        ("VAE, text encoders", m.encoders, "data.cache = false"),
+        ("VAE, text encoders", m.encoders, "data.cache = false" if found.own is None else "between rounds too"),
         ("saved activations", m.activations, "for the backward pass"),
         ("gradients", m.gradients, ""),
         ("gathered weights", m.gathered, "of two blocks, and gradients of one"),
@@ -110,6 +140,7 @@ def _memory(found: "Plan") -> list[tuple[str, str, str]]:
         ("most in a step", m.step, "the last ones, and workspace, overlap"),
         ("while training", m.stays + m.step, "what stays, and most in a step"),
         ("building the cache", m.building_cache, "before training"),
+        ("while sampling", m.sampling, "without the judges"),
         ("peak", m.peak, "of a device"),
     ]
     return [(name, size(value), words) for name, value, words in rows if value]
@@ -122,11 +153,23 @@ def _disk(found: "Plan") -> list[tuple[str, str, str]]:
         rows.append(("cache a row", size(d.cache_per_row), "latent moments, text embeddings"))
     if d.cache:
         rows.append(("cache", size(d.cache), f"at most, {d.rows} rows; repeats are kept once"))
+    own = [
+        ("a round", d.round, "states, latents; until the next begins"),
+        ("own images", d.images, "at most, of all rounds, as files"),
+        ("earlier policies", d.policies, "references, slow copies"),
+    ]
     return [
         *rows,
         ("checkpoint", size(d.checkpoint), f"{size(d.kept_checkpoints)} for those that are kept"),
         ("export", size(d.export), ""),
+        *[(name, size(value), words) for name, value, words in own if value],
     ]
+
+
+def many(unit: str) -> str:
+    """Its plural."""
+    first, *rest = unit.split(" ")
+    return " ".join([f"{first}s", *rest])
 
 
 def size(count: int) -> str:

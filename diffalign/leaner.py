@@ -22,7 +22,7 @@ def leaner(
         Keys as `diffalign train CONFIG` takes them, what the change costs, and the changed config.
     """
     shared = ("shard",) if processes > 1 else ()
-    for name in ("encode", "offload", "checkpointing", *shared, "batch", "lora", "bf16", "quantize", "8bit"):
+    for name in ("encode", "sampled", "offload", "checkpointing", *shared, "batch", "lora", "bf16", "quantize", "8bit"):
         for overrides, costs, changed in _change(name, cfg, last=gathered):
             try:
                 check(changed)
@@ -35,9 +35,15 @@ def leaner(
 
 def _change(name: str, cfg: TrainConfig, *, last: bool) -> Iterator[tuple[tuple[str, ...], str, TrainConfig]]:
     t = cfg.train
-    if name == "encode" and cfg.data.encode_batch_size > 1:
+    own = cfg.online
+    if name == "encode" and cfg.data.encode_batch_size > 1 and own is None:
         data = replace(cfg.data, encode_batch_size=1)
         yield ("data.encode_batch_size=1",), "a slower start", replace(cfg, data=data)
+    elif name == "sampled" and own is not None:
+        sizes = [n for n in range(own.batch_size - 1, 0, -1) if own.batch_size % n == 0]
+        for size in sizes[-1:] if last else sizes:
+            online = replace(own, batch_size=size)
+            yield (f"online.batch_size={size}",), "slower sampling", replace(cfg, online=online)
     elif name == "offload" and not t.offload:
         yield ("train.offload=true",), "a slower start", replace(cfg, train=replace(t, offload=True))
     elif name == "checkpointing" and t.gradient_checkpointing is not True:

@@ -13,6 +13,11 @@ from diffalign.types import OnlineMethod
 
 _READ = ("path", "limit", "resolution", "seconds", "empty_prompt", "encode_batch_size")
 """Keys of [data] that mean something where data are prompts."""
+_NOT_REAL = (
+    *("buckets", "bucket_step", "bucket_min", "bucket_max", "sizes", "seconds"),
+    *("streaming", "swap_labels", "positive_ratio"),
+)
+"""Keys of [data] that mean nothing for rows among own images, which have one size, and of which winners are taken."""
 
 
 def check_online(config: TrainConfig) -> None:
@@ -27,7 +32,7 @@ def check_online(config: TrainConfig) -> None:
         raise InputError(
             f"config.online must be there with method {name!r}, which trains on its own images; set its rewards"
         )
-    _check_data(config.data, name)
+    _check_data(config.data, name, real=needs.real)
     if config.validation is not None:
         raise InputError(
             f"config.validation must be left out with method {name!r}, for which no pairs are held out; use [samples]"
@@ -46,18 +51,25 @@ def check_online(config: TrainConfig) -> None:
             f"config.train.batch_size must be a multiple of online.group, {online.group}, with method {name!r}, which "
             f"compares whole groups; got {config.train.batch_size}"
         )
+    if needs.log_ratio and len(online.rewards) > 1:
+        raise InputError(
+            f"config.online.rewards must be one with method.kl_reward, which each score would lose, got "
+            f"{len(online.rewards)}; make one of them with diffalign.rewards.composite"
+        )
     if online.set_reward is not None and not needs.of_sets:
         raise InputError(
             f"config.online.set_reward must be left out with method {name!r}, which scores images one by one"
         )
 
 
-def _check_data(data: DataSettings, name: str) -> None:
+def _check_data(data: DataSettings, name: str, *, real: bool) -> None:
     plain = DataSettings(path=data.path)
     for item in fields(data):
-        if item.name not in _READ and getattr(data, item.name) != getattr(plain, item.name):
+        read = item.name not in _NOT_REAL if real else item.name in _READ
+        if not read and getattr(data, item.name) != getattr(plain, item.name):
+            why = "takes winners of one size among its own images" if real else "makes its own images"
             raise InputError(
-                f"config.data.{item.name} must be left out with method {name!r}, which makes its own images; got "
+                f"config.data.{item.name} must be left out with method {name!r}, which {why}; got "
                 f"{getattr(data, item.name)!r}"
             )
 
@@ -67,8 +79,8 @@ def check_work(config: TrainConfig, settings: OnlineSettings, walk: KernelWalk, 
     method = config.method
     assert isinstance(method, OnlineMethod), "a method on prompts selects"
     items = method.needs.items
-    if items not in ("transitions", "images"):
-        return  # how many pairs there are is known when they are judged
+    if items not in ("transitions", "images") or method.needs.real_share > 0:
+        return  # how many pairs there are is known when they are judged, and a share is not whole
     low = settings.window
     noisy = noisy_steps(walk.kernel, walk.schedule)
     levels = turns_of(method, noisy, len(walk.schedule))[0] if low is None else low.size

@@ -5,16 +5,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from jaxtyping import Float
+from torch import Tensor
+
 from diffalign import rng
 from diffalign.assemble import Parts
 from diffalign.checkpoint import enough_room
 from diffalign.data.orders import Order
 from diffalign.online.parts import OnlineParts
-from diffalign.online.sampling import sample_part
+from diffalign.online.sampling import reference_log_probs, sample_part
 from diffalign.online.scoring import Scoring, images_of
 from diffalign.online.store import Entry, Store
 from diffalign.progress import bar
-from diffalign.types import Cond, Denoiser, FollowsOld, OnlineMethod
+from diffalign.types import Cond, Denoiser, FollowsOld, OnlineMethod, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +136,23 @@ def _make(this: OwnRound, store: Store, mine: list[int], cond: Cond, uncond: Con
                     online, policy, store, part, cond, uncond,
                     window=window, device=device, autocast=parts.accelerator.autocast,
                 )  # fmt: skip
-                store.write_part(part, walked, images)
+                store.write_part(part, walked, images, _under_reference(this, walked, uncond))
             scoring.submit(part, images)
     online.encoders.rest()
     if parts.cfg.train.offload and online.judges is not None:
         online.judges.to("cpu")
+
+
+def _under_reference(this: OwnRound, walked: Trajectory, uncond: Cond) -> Float[Tensor, "b n"] | None:
+    """Log-probs of a batch's moves under the reference, where the method has the KL in its reward."""
+    parts = this.parts
+    if not parts.cfg.method.needs.log_ratio:
+        return None
+    assert parts.reference is not None, "a method that asks for log-ratios has a reference"
+    return reference_log_probs(
+        this.online, parts.reference.denoiser, walked, uncond, device=parts.accelerator.device,
+        autocast=parts.accelerator.autocast,
+    )  # fmt: skip
 
 
 def _about(this: OwnRound) -> dict[str, Any]:

@@ -19,16 +19,15 @@ from diffalign.denoisers.guided import Guided
 from diffalign.errors import RunError
 from diffalign.logbook import Logbook
 from diffalign.online.collate import RoundCollator, RoundOrder, turns_of
+from diffalign.online.real import real_before, with_real
 from diffalign.online.sampling import remember_old
+from diffalign.online.settings import KEPT_POLICIES
 from diffalign.online.store import Store
 from diffalign.online_round import OwnRound, sample, tidy
 from diffalign.online_scores import scored_images, statistics
 from diffalign.pool import Pool
 from diffalign.rounds import Phase
 from diffalign.types import Cond, Denoiser, FollowsOld, Selection
-
-KEPT_POLICIES = 3
-"""Rounds whose reference or slow copy stays on disk: more than a resumed run goes back."""
 
 
 def own_phases(parts: Parts, book: Logbook) -> Iterator[Phase]:
@@ -73,7 +72,7 @@ def _begin(this: OwnRound, book: Logbook) -> Phase:
         policy=policy,
         reference=reference,
         old=None if online.old is None else online.old.denoiser,
-        collator=collator,
+        collator=with_real(collator, parts.collator, parts.cfg.method.needs),
         held=None,
         start=this.start,
         stop=this.first + online.settings.updates,
@@ -140,13 +139,14 @@ def _collator(
     parts, needs, settings = this.parts, this.parts.cfg.method.needs, this.online.settings
     assert needs.items is not None, "a method on prompts says what it is called with"
     t, moves = parts.cfg.train, len(this.online.walk.schedule)
+    first = this.first * t.batch_size * t.accumulate * parts.share.of
     turns, draw = turns_of(this.method, store.walk()[0], moves)
     order = RoundOrder(
         rows=len(selection.places),
         turns=turns,
         moves=moves,
         draw=draw,
-        first=this.first * t.batch_size * t.accumulate * parts.share.of,
+        first=first - real_before(first, needs.real_share),
         block=t.batch_size * parts.share.of,
         unit=settings.group if needs.whole_groups else 1,
         seed=parts.cfg.seed,
@@ -168,8 +168,7 @@ def _remember_old(this: OwnRound, store: Store, collator: RoundCollator, policy:
     """Log-probs of the policy that sampled, computed again where training sees other batches than sampling did."""
     parts, settings, needs = this.parts, this.online.settings, this.parts.cfg.method.needs
     t = parts.cfg.train
-    same_shape = t.batch_size == settings.batch_size and settings.images % settings.batch_size == 0
-    if not needs.mean_old and (settings.old_log_probs == "rollout" or same_shape):
+    if not settings.evaluated_again(t.batch_size, mean_old=needs.mean_old):
         return
     missing = [part for part in store.parts if not store.has_old(part)]
     parts.accelerator.wait_for_everyone()

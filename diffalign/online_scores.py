@@ -37,6 +37,7 @@ def scored_images(this: OwnRound, store: Store) -> tuple[Scored, Int[Tensor, " n
         past=_past(this),
         embedded=None if of_sets is None else store.embedded(),
         set_reward=of_sets,
+        log_ratio=store.log_ratio()[images].float() if this.parts.cfg.method.needs.log_ratio else None,
     )
     _remember_scores(this, found)
     return found, images
@@ -83,9 +84,11 @@ def _past(this: OwnRound) -> dict[str, dict[str, list[float]]]:
 
 
 def statistics(scored: Scored) -> dict[str, float]:
-    """Mean and spread of each reward over the round."""
+    """Mean and spread of each reward over the round, and the mean log-ratio, an estimate of the walk's KL."""
     found = {}
     for name, values in scored.scores.items():
         found[f"score/{name}"] = round(float(values.double().mean()), 6)
         found[f"score/{name}/std"] = round(float(values.double().std(correction=0)), 6)
+    if scored.log_ratio is not None:
+        found["log_ratio"] = round(float(scored.log_ratio.double().mean()), 6)
     return found

@@ -2,11 +2,10 @@
 
 FLOPs and bytes are counted on the networks of the model's own configs, without weights (`rehearsal`). Memory of a
 device is what stays (weights, adapters, optimizer states) and the most that a step holds at a time beside it: saved
-activations, gradients and what kernels need for a moment overlap, so their sum is never reached. Seconds are only
-said where a step was measured.
+activations, gradients and what kernels need for a moment overlap, so their sum is never reached. A run on its own
+images also has a peak of sampling. Seconds are only said where a step was measured.
 """
 
-import math
 import os
 import re
 from collections.abc import Callable
@@ -16,24 +15,20 @@ from typing import Any, Literal
 
 import torch
 
+from diffalign.bare import Encoding, bare_net, encoding
 from diffalign.checks import context_of, method_name, reference_kind
-from diffalign.data.pairs import PairReader
+from diffalign.costs import Disk, Work, disk_of, flop_of, source_of
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
 from diffalign.leaner import leaner
-from diffalign.memory import MemoryUse, memory_of, optimizer_bytes
+from diffalign.memory import MemoryUse, memory_of
 from diffalign.models.load import detect_family, load_scheduler_config, pipeline_index
-from diffalign.rehearsal import (
-    Encoding,
-    Measured,
-    Rehearsal,
-    bare_net,
-    encoding,
-    measure,
-    rehearse,
-)
+from diffalign.own_work import RoundWork, kept_levels, own_evaluations, own_walk, round_work
+from diffalign.rehearsal import Rehearsal, rehearse
+from diffalign.sampling.walk import KernelWalk
 from diffalign.settings import TrainConfig
-from diffalign.shipped import DATASETS, MODELS, resolve
+from diffalign.shipped import MODELS, resolve
+from diffalign.timing import Measured, measure
 from diffalign.workload import Evaluations, evaluations
 
 GIB = 2**30
@@ -46,38 +41,8 @@ BEFORE_STEPS = ("data.encode_batch_size=1", "train.offload=true")
 """Changes that spare memory while the cache is built alone."""
 
 Device = Literal["cpu", "cuda"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """FLOPs; a multiplication and an addition are two."""
-
-    per_unit: int
-    """Of one pair, or of one image for methods on single images."""
-    per_step: int
-    """Of an optimizer step on one device."""
-    encoding: int
-    """Building the cache once, errors of the reference at fixed draws too; without a cache it is in every step."""
-    total: int
-    """Of the run on one device, without pictures and validation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Disk:
-    """Bytes on disk."""
-
-    cache_per_row: int
-    """Moments of a row's images and conditions of its prompt, if no other row has the same; 0 without a cache."""
-    rows: int | None
-    """None where the data is not local, or streamed."""
-    checkpoint: int
-    kept_checkpoints: int
-    export: int
-
-    @property
-    def cache(self) -> int | None:
-        """At most; images and prompts that repeat are kept once."""
-        return None if self.rows is None else self.rows * self.cache_per_row
+Unit = Literal["pair", "image", "move", "pair of moves"]
+"""What a method is called with; a micro-batch has `batch_size` of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +62,7 @@ class Plan:
     method: str
     family: str
     device: Device
-    unit: Literal["pair", "image"]
+    unit: Unit
     batch_size: int
     """Per device and forward."""
     accumulate: int
@@ -112,6 +77,8 @@ class Plan:
     disk: Disk
     available: int | None
     """Bytes of the device; None if it is not known."""
+    own: RoundWork | None = None
+    """A round of own images; None for runs on data."""
     measured: Measured | None = None
     change: Change | None = None
 
@@ -126,9 +93,23 @@ class Plan:
         return None if self.measured is None else self.measured.seconds * self.accumulate
 
     @property
+    def seconds_a_round(self) -> float | None:
+        """To sample a round's images on all processes and to compute log-probs again; None if none was measured."""
+        seen = None if self.measured is None else self.measured.sampled
+        if self.own is None or seen is None:
+            return None
+        one = (seen.move * self.own.moves + seen.decoding) / seen.images
+        evaluation = seen.move * self.own.images * self.own.moves / (self.own.sampling * seen.images)
+        more = self.own.again + self.own.under_reference
+        return (self.own.images * one + more * evaluation) / self.own.processes
+
+    @property
     def hours(self) -> float | None:
-        """Of all steps on one device."""
-        return None if self.seconds_a_step is None else self.seconds_a_step * self.steps / 3600
+        """Of all steps on one device, and of the rounds before them."""
+        if self.seconds_a_step is None:
+            return None
+        rounds = 0.0 if self.own is None else self.own.rounds * (self.seconds_a_round or 0.0)
+        return (self.seconds_a_step * self.steps + rounds) / 3600
 
     def table(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
@@ -137,7 +118,8 @@ class Plan:
         found["memory"] |= {name: getattr(self.memory, name) for name in ("stays", "workspace", "peak")}
         found["disk"]["cache"] = self.disk.cache
         del found["rehearsal"]["trained"]
-        return found | {"fits": self.fits, "seconds_a_step": self.seconds_a_step, "hours": self.hours}
+        seconds = {"seconds_a_step": self.seconds_a_step, "seconds_a_round": self.seconds_a_round}
+        return found | seconds | {"fits": self.fits, "hours": self.hours}
 
 
 def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False, processes: int | None = None) -> Plan:
@@ -145,17 +127,13 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False, pr
 
     Args:
         memory: Bytes of a GPU that is planned for; None takes this machine's device.
-        timed: Take three real steps on random weights on the device.
+        timed: Take three real steps on random weights on the device, and a few moves of a sampler.
         processes: How many the run will have; None is as many as it was started in, or as there are GPUs here.
 
     Raises:
-        InputError: The model's configs or the device to measure on are not there, or the method makes its own images.
+        InputError: The model's configs or the device to measure on are not there, or rounds do not come out even on so
+            many processes.
     """
-    if cfg.online is not None:
-        raise InputError(
-            "config.online must be left out of what is planned, whose work is counted for methods on data; run one "
-            "round (train.steps = online.updates) and read the seconds in metrics.jsonl"
-        )
     device = planned_device(cfg, memory)
     many = planned_processes(processes)
     _check_shard(cfg, many, timed=timed)
@@ -165,14 +143,19 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False, pr
     shell = bare_net(cfg, family)
     denoiser = family.make_denoiser(shell, load_scheduler_config(cfg.model), cfg.timesteps, context_of(cfg, family))
     compared = reference_kind(cfg) != "none" and cfg.train.fixed_draws is None
-    work = evaluations(cfg.method, denoiser, reference=compared)
+    walk = None if cfg.online is None else own_walk(cfg, family)
+    if walk is None:
+        work = evaluations(cfg.method, denoiser, reference=compared)
+    else:
+        work = own_evaluations(cfg, denoiser, walk, reference=compared)
+        round_work(cfg, walk, work, many)  # before anything else is run: whether rounds come out even
     inputs = encoding(cfg, family, pipeline_index(cfg.model, weights=False))
     available = device_memory(device) if memory is None else memory
 
     def of(config: TrainConfig) -> Plan:
-        same = config.data.encode_batch_size == cfg.data.encode_batch_size
+        same = config.data.encode_batch_size == cfg.data.encode_batch_size and config.online == cfg.online
         own = inputs if same else encoding(config, family, pipeline_index(cfg.model, weights=False))
-        return _plan(config, family, own, work, device, available, many)
+        return _plan(config, family, own, work, walk, device, available, many)
 
     first = of(cfg)
     if first.fits is False:
@@ -260,30 +243,25 @@ def _family(cfg: TrainConfig) -> Family:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What is known of the data without reading its images, or downloading anything."""
-
-    rows: int | None
-    images_a_row: int
-
-
 def _plan(
     cfg: TrainConfig,
     family: Family,
     inputs: Encoding,
     work: Evaluations,
+    walk: KernelWalk | None,
     device: Device,
     available: int | None,
     processes: int,
 ) -> Plan:
     r = rehearse(cfg, family, inputs, work, device=device)
-    source = _source(cfg)
+    source = source_of(cfg)
+    own = None if walk is None else round_work(cfg, walk, work, processes)
+    kept = 0 if walk is None else kept_levels(cfg, walk)
     return Plan(
         method=method_name(cfg.method),
         family=family.name,
         device=device,
-        unit="pair" if cfg.method.needs.batches == "pairs" else "image",
+        unit=_unit(cfg),
         batch_size=cfg.train.batch_size,
         accumulate=cfg.train.accumulate,
         steps=cfg.train.steps,
@@ -291,61 +269,18 @@ def _plan(
         work=work,
         rehearsal=r,
         encoding=inputs,
-        flop=_flop(cfg, r, inputs, work, source),
-        memory=memory_of(cfg, r, inputs, device, processes),
-        disk=_disk(cfg, r, inputs, source),
+        flop=flop_of(cfg, r, inputs, work, source, own),
+        memory=memory_of(cfg, r, inputs, device, processes, kept=kept),
+        disk=disk_of(cfg, r, inputs, source, own, kept),
         available=available,
+        own=own,
     )
 
 
-def _flop(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, work: Evaluations, source: _Source) -> Work:
-    own = work.with_gradient * (r.forward + r.backward) + work.of_policy * r.forward
-    own += (work.without_gradient - work.of_policy) * r.reference
-    own += work.features_with_gradient * (r.features + r.features_backward)
-    own += work.features_without_gradient * r.features
-    once = 0
-    if cfg.data.cache is False:
-        own += (2 if cfg.method.needs.data == "pairs" else 1) * inputs.image_flop + inputs.prompt_flop
-    elif source.rows is not None:
-        images = source.images_a_row * cfg.data.variants
-        once = source.rows * (images * inputs.image_flop + inputs.prompt_flop)
-        once += source.rows * source.images_a_row * (cfg.train.fixed_draws or 0) * r.forward
-    units = cfg.train.batch_size * cfg.train.accumulate
-    total = once + cfg.train.steps * units * own
-    if cfg.rounds is not None:
-        total += _sampled(cfg, source.rows) * cfg.rounds.steps * (2 if cfg.rounds.guidance > 1 else 1) * r.reference
-    return Work(per_unit=round(own), per_step=round(units * own), encoding=once, total=round(total))
-
-
-def _sampled(cfg: TrainConfig, rows: int | None) -> int:
-    """Images that all rounds sample: one for every row that a round trains on."""
-    assert cfg.rounds is not None
-    drawn = cfg.train.steps // cfg.rounds.count * cfg.train.batch_size * cfg.train.accumulate
-    return cfg.rounds.count * (drawn if rows is None else min(rows, drawn))
-
-
-def _disk(cfg: TrainConfig, r: Rehearsal, inputs: Encoding, source: _Source) -> Disk:
-    moments = 2 * math.prod(inputs.latent) * getattr(torch, cfg.data.cache_dtype).itemsize
-    images = source.images_a_row * cfg.data.variants
-    moves = reference_kind(cfg) == "ema"
-    kept = 1 + (cfg.train.ema_decay is not None) + moves
-    one = 4 * r.trainable * kept + optimizer_bytes(cfg, r.trained)
-    full = cfg.train.trainable == "full"
-    width = getattr(torch, cfg.export.dtype).itemsize if full else 4
-    return Disk(
-        cache_per_row=0 if cfg.data.cache is False else images * moments + inputs.prompt_bytes,
-        rows=source.rows,
-        checkpoint=one,
-        kept_checkpoints=one * (cfg.checkpoint.keep_last + (cfg.checkpoint.best is not None)),
-        export=r.trainable * width,
-    )
-
-
-def _source(cfg: TrainConfig) -> _Source:
-    if cfg.data.streaming or not Path(resolve(cfg.data.path, DATASETS)).exists():
-        return _Source(None, 2)
-    reader = PairReader(cfg.data)
-    return _Source(len(reader), 2 if reader.paired else 1)
+def _unit(cfg: TrainConfig) -> Unit:
+    kinds: dict[str, Unit] = {"pairs": "pair", "transitions": "move", "transition_pairs": "pair of moves"}
+    needs = cfg.method.needs
+    return kinds.get(needs.items or needs.batches, "image")
 
 
 def _cheapest(cfg: TrainConfig, of: Callable[[TrainConfig], Plan], processes: int) -> Change | None:

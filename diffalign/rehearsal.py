@@ -1,23 +1,18 @@
-"""One micro-batch of a run without weights or data: on fake tensors to count it, or on the device to time it.
+"""One micro-batch of a run without weights or data, on fake tensors, to count what it costs.
 
-The networks are those of the model's own configs; VAE and text encoders are run too, since they say what the denoiser
-is conditioned on. Only configs and tokenizers are read.
+The denoiser is that of the model's own configs. A run on its own images is counted where it samples, too.
 """
 
-import math
-import statistics
-import time
-from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign import losses, recompute
-from diffalign.assemble import make_accelerator, make_optimizer, place_net
-from diffalign.checks import PRECISIONS, buckets_of, context_of, reference_kind, rounding_of
+from diffalign.bare import Encoding, bare_net
+from diffalign.checks import PRECISIONS, context_of, reference_kind, rounding_of
 from diffalign.counting import (
     Memory,
     autocast,
@@ -25,47 +20,23 @@ from diffalign.counting import (
     drop_gradients,
     fake_mode,
     make_fake,
-    net_bytes,
     run_backward,
     run_sizes,
     saved_bytes,
     size_of,
 )
 from diffalign.denoisers import Family
-from diffalign.fit import fit
-from diffalign.models.load import home, load_net_config, load_scheduler_config, load_vae_config, native_resolution
-from diffalign.models.lora import add_lora, add_reference
+from diffalign.denoisers.guided import Guided
+from diffalign.models.load import load_scheduler_config
+from diffalign.models.lora import OLD, add_lora, add_reference
 from diffalign.models.policy import cast_frozen, make_reference
-from diffalign.models.quantized import imitate, spared_bytes, swap_linears
+from diffalign.models.quantized import imitate, spared_bytes
 from diffalign.models.save import trainable
 from diffalign.rng import SampleRng
 from diffalign.settings import TrainConfig
 from diffalign.sharding import gathered_bytes, group_sizes
-from diffalign.types import Batch, Cond, Encoder, ImageBatch, PairBatch
+from diffalign.types import Cond, Encoder
 from diffalign.workload import Evaluations
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoding:
-    """What VAE and text encoders cost, and what they give."""
-
-    latent: tuple[int, ...]
-    """Channels, height and width."""
-    cond: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    """Shape and type of one prompt's conditions by name."""
-    image_flop: int
-    prompt_flop: int
-    weights: int
-    """Bytes of VAE and text encoders."""
-    largest: int
-    """Of the largest of them."""
-    peak: int
-    """Most bytes at a time beside the weights, with `data.encode_batch_size` images."""
-
-    @property
-    def prompt_bytes(self) -> int:
-        """Conditions of one prompt."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.cond.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +51,7 @@ class Rehearsal:
     adapters: int
     """Trained and frozen ones."""
     second: int
-    """A frozen copy of the denoiser, where the reference is one."""
+    """Frozen copies of the denoiser, where the reference or an old policy is one."""
     trained: tuple[int, ...]
     """Number of elements of every trained tensor."""
     forward: int
@@ -97,86 +68,18 @@ class Rehearsal:
     peak: int
     """Most at a time of forward and backward pass, with the gradients, beside weights and optimizer states."""
     reference_peak: int
-    """The same of the reference's forward pass."""
+    """The same of the forward pass of a reference or an old policy, where it goes before the policy's."""
+    sampling_peak: int = 0
+    """The same of the sampler's forward pass, of a run on its own images."""
     gathered: int = 0
     """Of a sharded run, whose peaks are without weights and gradients: what is gathered at a time, and theirs."""
 
 
-def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Encoding:
-    """Runs VAE and text encoders of a `model_index.json` on fake tensors."""
-    from diffusers import AutoencoderKL
-
-    side = cfg.data.resolution or native_resolution(cfg.model, family)
-    width, height = max(buckets_of(cfg, family), key=lambda size: (math.prod(size), -max(size)), default=(side, side))
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(load_vae_config(cfg.model)).eval().requires_grad_(False)
-    pipeline = _text_pipeline(cfg, family, index)
-    texts = [part for name in family.text if isinstance(part := pipeline.components[name], nn.Module)]
-    with torch.no_grad(), fake_mode():
-        for net in (vae, *texts, pipeline.components[family.net]):
-            make_fake(net)
-        known = [t for net in (vae, *texts) for t in (*net.parameters(), *net.buffers())]
-        with Memory(known) as memory:
-            found: list[Any] = []
-            count = cfg.data.encode_batch_size
-            flop = count_flop(lambda: found.append(_moments(vae, torch.empty(count, 3, height, width))))
-            prompt_flop = count_flop(lambda: found.append(family.encode_prompts(pipeline, ["a"])))
-    mean, cond = found
-    return Encoding(
-        latent=tuple(mean.shape[1:]),
-        cond={name: (tuple(t.shape[1:]), t.dtype) for name, t in cond.tensors.items()},
-        image_flop=flop // count,
-        prompt_flop=prompt_flop,
-        weights=sum(net_bytes(net) for net in (vae, *texts)),
-        largest=max(net_bytes(net) for net in (vae, *texts)),
-        peak=memory.peak,
-    )
-
-
-def _moments(vae: Any, pixels: Tensor) -> Tensor:
-    posterior = vae.encode(pixels).latent_dist
-    return torch.stack([posterior.mean, posterior.std])[0]
-
-
-def _text_pipeline(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Any:
-    """The pipeline with text encoders and denoiser on the meta device, and its tokenizers."""
-    import diffusers
-    import transformers
-
-    place = {"pretrained_model_name_or_path": home(cfg.model)[1], "revision": cfg.model.revision}
-    cls = getattr(diffusers, index["_class_name"])
-    parts: dict[str, Any] = dict.fromkeys(cls._get_signature_keys(cls)[0])
-    parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_config(load_scheduler_config(cfg.model))
-    parts[family.net] = bare_net(cfg, family)
-    for name in family.text:
-        library, class_name = index.get(name) or (None, None)
-        if library is None or class_name is None:
-            continue
-        part = getattr(transformers, class_name)
-        if issubclass(part, nn.Module):
-            config = part.config_class.from_pretrained(subfolder=name, **place)
-            with torch.device("meta"):
-                parts[name] = part(config).eval().requires_grad_(False)
-        else:
-            parts[name] = part.from_pretrained(subfolder=name, **place)
-    if "requires_safety_checker" in index:
-        parts["requires_safety_checker"] = False
-    return cls(**parts)
-
-
-def bare_net(cfg: TrainConfig, family: Family) -> Any:
-    """The denoiser of the true config on the meta device, frozen."""
-    net_class: Any = family.net_class()
-    with torch.device("meta"):
-        net = net_class.from_config(load_net_config(cfg.model, family))
-    return net.eval().requires_grad_(False)
-
-
 def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluations, *, device: str) -> Rehearsal:
-    """Runs one micro-batch on fake tensors, as `fit` would: reference, policy, backward pass.
+    """Runs one micro-batch on fake tensors, as `fit` would: reference, policy, backward pass; and one of the sampler.
 
     Args:
-        work: Says whether the reference predicts, and whether features are compared.
+        work: Says whether the reference predicts, and when, and whether features are compared.
         device: "cpu" or "cuda", which need not be there; they differ in mixed precision.
     """
     adapted = cfg.train.trainable == "lora"
@@ -187,13 +90,14 @@ def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluatio
     scheduler = load_scheduler_config(cfg.model)
     policy: Any = family.make_denoiser(net, scheduler, cfg.timesteps, context_of(cfg, family))
     compared = reference_kind(cfg) != "none"
-    copied = compared and not adapted
-    second = bare_net(cfg, family) if copied else None
-    samples = cfg.train.batch_size * (2 if cfg.method.needs.batches == "pairs" else 1)
+    copies = 0 if adapted else compared + cfg.method.needs.old
+    second = bare_net(cfg, family) if copies else None
+    samples = cfg.train.batch_size * samples_of(cfg, work)
     t = policy.path.sample_t(SampleRng(0, tuple(range(samples))))
     cast = autocast(device, PRECISIONS[cfg.train.precision])
     sizes = run_sizes(net, second)
     sizes["weights"] -= spared_bytes(rounded, rounding)
+    sizes["second"] *= copies
     narrow = PRECISIONS[cfg.train.precision] if cfg.train.shard else None
     gathered = gathered_bytes(group_sizes(net, family.blocks), narrow or torch.float32) if cfg.train.shard else 0
     with fake_mode():
@@ -211,9 +115,11 @@ def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluatio
             work=work,
             cast=cast,
             cast_backward=nullcontext() if device == "cpu" else cast,
+            rows=None if cfg.online is None else cfg.online.batch_size,
         )
-        copies = [] if second is None else [*second.parameters(), *second.buffers()]
-        known = [*net.parameters(), *net.buffers(), *copies]
+        known = [*net.parameters(), *net.buffers()]
+        known += [] if second is None else [*second.parameters(), *second.buffers()]
+        sampling_peak = 0 if cfg.online is None else run.sampling(known, _sampler_of(cfg, policy, inputs), inputs)
         parameters = trainable(net)
         if cfg.train.shard:
             drop_gradients(net)
@@ -222,7 +128,14 @@ def rehearse(cfg: TrainConfig, family: Family, inputs: Encoding, work: Evaluatio
                 parameter.grad = torch.empty_like(parameter)
         held = size_of([p.grad for p in parameters.values() if p.grad is not None])
         counts: dict[str, Any] = run.all(known, held)
-        return Rehearsal(**sizes, **counts, gathered=gathered)
+        return Rehearsal(**sizes, **counts, sampling_peak=sampling_peak, gathered=gathered)
+
+
+def samples_of(cfg: TrainConfig, work: Evaluations) -> int:
+    """Samples of the policy's one call with gradient for every pair, image or move."""
+    if cfg.online is not None:
+        return round(work.with_gradient)
+    return 2 if cfg.method.needs.batches == "pairs" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +148,8 @@ class _Run:
     work: Evaluations
     cast: AbstractContextManager[Any]
     cast_backward: AbstractContextManager[Any]
+    rows: int | None = None
+    """Images that are sampled at a time."""
 
     def all(self, known: list[Tensor], held: int) -> dict[str, int]:
         """FLOPs and bytes by the names of `Rehearsal`; `held` bytes of gradients are there already."""
@@ -242,9 +157,9 @@ class _Run:
         looks = bool(self.work.features_with_gradient or self.work.features_without_gradient)
         count = {"reference": 0, "features": 0, "features_backward": 0}
         with Memory([*known, self.x_t, self.t, *self.cond.tensors.values()]) as memory:
-            if self.work.without_gradient:
-                with self.cast, torch.no_grad():
-                    count["reference"] = count_flop(lambda: self._predict(self.reference))
+            first = self.work.without_gradient and not self.work.reference_last
+            if first:
+                count["reference"] = self._compare()
             reference_peak = memory.peak
             memory.restart()
             before = memory.now
@@ -256,6 +171,8 @@ class _Run:
                     count["features"] = count_flop(lambda: made.update(out=self._look(pred)))
                 loss = losses.squared_error(made["out"], torch.empty_like(made["out"])).mean()
             saved = memory.now - before
+            if self.work.without_gradient and not first:
+                count["reference"] = self._compare()
             with self.cast_backward:
                 count["backward"] = count_flop(lambda: run_backward(loss))
         if looks:
@@ -268,6 +185,20 @@ class _Run:
             "peak": memory.peak - before + held,
             "reference_peak": reference_peak,
         }
+
+    def sampling(self, known: list[Tensor], sampler: Guided, inputs: Encoding) -> int:
+        """Most bytes at a time of a move of the sampler."""
+        assert self.rows is not None, "a run on its own images says how many it samples at a time"
+        x_t, cond = torch.empty(self.rows, *inputs.latent), _empty(inputs, self.rows)
+        t = torch.empty(self.rows, dtype=self.t.dtype)
+        with Memory([*known, x_t, t, *cond.tensors.values()]) as memory, self.cast, torch.no_grad():
+            sampler(x_t, t, cond)
+        return memory.peak
+
+    def _compare(self) -> int:
+        """FLOPs of the reference's forward pass."""
+        with self.cast, torch.no_grad():
+            return count_flop(lambda: self._predict(self.reference))
 
     def _predict(self, denoiser: Encoder) -> Tensor:
         return denoiser(self.x_t, self.t, self.cond)
@@ -290,6 +221,8 @@ def _shaped(net: Any, cfg: TrainConfig, family: Family, device: str) -> Any:
             add_lora(net, cfg.lora, family.lora_targets, seed=cfg.seed)
             if cfg.model.lora is not None or reference_kind(cfg) in ("ema", "pool"):
                 add_reference(net)
+            if cfg.method.needs.old:
+                add_reference(net, OLD)
         dtype = PRECISIONS[cfg.train.precision]
         if device == "cuda" and dtype is not None and not cfg.method.needs.float32_features:
             cast_frozen(net, dtype)
@@ -297,97 +230,11 @@ def _shaped(net: Any, cfg: TrainConfig, family: Family, device: str) -> Any:
     return net
 
 
+def _sampler_of(cfg: TrainConfig, policy: Encoder, inputs: Encoding) -> Guided:
+    """The policy as it samples."""
+    assert cfg.online is not None, "a run on its own images samples"
+    return Guided(denoiser=policy, uncond=_empty(inputs, 1), guidance=cfg.online.guidance)
+
+
 def _empty(inputs: Encoding, rows: int) -> Cond:
     return Cond({name: torch.empty(rows, *shape, dtype=dtype) for name, (shape, dtype) in inputs.cond.items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One micro-batch on the device itself."""
-
-    seconds: float
-    """Of one micro-batch with an optimizer step; the median of three after one to warm up."""
-    peak: int | None
-    """Most bytes that torch had allocated on a GPU; None on a CPU."""
-    device: str
-
-
-def measure(cfg: TrainConfig, family: Family, inputs: Encoding) -> Measured:
-    """Times the method on random weights and random latents, on the device that the config names.
-
-    Raises:
-        InputError: The device is not there.
-    """
-    accelerator = make_accelerator(cfg)
-    device = accelerator.device
-    adapted = cfg.train.trainable == "lora"
-    net_class: Any = family.net_class()
-    net = net_class.from_config(load_net_config(cfg.model, family)).eval().requires_grad_(not adapted)
-    rounding = rounding_of(cfg, device)
-    if rounding is not None:
-        swap_linears(net, rounding)
-    if adapted:
-        add_lora(net, cfg.lora, family.lora_targets, seed=cfg.seed)
-    policy: Any = family.make_denoiser(
-        place_net(net, cfg, accelerator, adapted=adapted),
-        load_scheduler_config(cfg.model),
-        cfg.timesteps,
-        context_of(cfg, family),
-    )
-    kind = reference_kind(cfg)
-    reference = None if kind == "none" else make_reference(policy, adapted=adapted, moves=kind in ("ema", "pool"))
-    prepared, optimizer = accelerator.prepare(net, make_optimizer(cfg, list(trainable(net).values())))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    begin = time.perf_counter()
-    for _ in fit(
-        replace(policy, net=prepared),
-        None if reference is None else reference.denoiser,
-        cfg.method,
-        _batches(cfg, inputs),
-        optimizer,
-        steps=4,
-        max_grad_norm=cfg.train.max_grad_norm,
-        seed=cfg.seed,
-        accelerator=accelerator,
-    ):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        begin = time.perf_counter()
-    return Measured(
-        seconds=statistics.median(seconds[1:]),
-        peak=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-        device=device.type,
-    )
-
-
-def _batches(cfg: TrainConfig, inputs: Encoding) -> Iterator[Batch]:
-    """The same random latents for ever, each time with other noise."""
-    rows = cfg.train.batch_size
-    generator = torch.Generator().manual_seed(cfg.seed)
-
-    def latents() -> Tensor:
-        return torch.randn(rows, *inputs.latent, generator=generator)
-
-    x, y, score = latents(), latents(), torch.rand(2, rows, generator=generator)
-    cond = Cond({name: _filled((rows, *shape), dtype, generator) for name, (shape, dtype) in inputs.cond.items()})
-    label = torch.tensor([1.0, -1.0]).repeat(rows)[:rows]
-    kind = cfg.method.needs.batches
-    ref = None if cfg.train.fixed_draws is None else torch.ones(rows, 2 if kind == "pairs" else 1).double()
-    first = 0
-    while True:
-        samples = tuple(range(first, first + rows))
-        if kind == "pairs":
-            yield PairBatch(x_w=x, x_l=y, cond=cond, samples=samples, score_w=score[0], score_l=score[1], err_ref=ref)
-        else:
-            marks = label if kind == "labelled" else None
-            yield ImageBatch(x_0=x, cond=cond, samples=samples, label=marks, err_ref=ref)
-        first += rows
-
-
-def _filled(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(dtype)
-    return torch.ones(shape, dtype=dtype)

@@ -446,8 +446,8 @@ def test_a_run_on_mixed_shapes_trains_resumes_and_exports(tmp_path, caplog):
 
 
 def test_the_plan_is_of_the_largest_bucket(tmp_path):
+    from diffalign.bare import encoding
     from diffalign.models.load import pipeline_index
-    from diffalign.rehearsal import encoding
 
     for named, latent in ((True, (8, 8)), (["32x64", "80x48"], (6, 10))):
         cfg = parse(table_of("none.parquet", tmp_path / "run", buckets=named))

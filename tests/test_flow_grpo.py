@@ -10,8 +10,11 @@ from diffalign.methods.ddpo import DDPO
 from diffalign.methods.flow_grpo import FlowGRPO
 from diffalign.methods.policy_gradient import slope
 from diffalign.rng import SampleRng, generator
-from diffalign.types import OnlineMethod, Scored, TransitionBatch
+from diffalign.sampling.rollout import initial_noise, log_probs, rollout
+from diffalign.sampling.transitions import kl_divergence
+from diffalign.types import Cond, OnlineMethod, Scored, TransitionBatch
 from tests.moves import moves, rows, toy_for, walk_of
+from tests.toys import SHAPE
 
 FREE = {"kl": 0.0}
 METHODS = {
@@ -202,6 +205,37 @@ def test_images_are_selected_with_their_advantages():
     assert FlowGRPO(extremes=1).select(round_of, generator(0)).places.flatten().tolist() == [1, 2]
 
 
+def test_a_kl_inside_the_reward_is_taken_off_every_score():
+    round_of = scored([1.0, -1.0, 2.0, 0.0, 5.0, 5.0], [0, 0, 0, 0, 1, 1])
+    told = {"advantage": "group", **FREE}
+    plain = FlowGRPO(**told).select(round_of, generator(0))
+    agreed = FlowGRPO(kl_reward=2.0, **told).select(replace(round_of, log_ratio=torch.zeros(6)), generator(0))
+    assert torch.equal(agreed.weight, plain.weight)
+    log_ratio = torch.tensor([0.5, -1.0, 0.0, 0.25, 0.3, -0.3])
+    found = FlowGRPO(kl_reward=2.0, **told).select(replace(round_of, log_ratio=log_ratio), generator(0))
+    by_hand = FlowGRPO(**told).select(scored([0.0, 1.0, 2.0, -0.5, 4.4, 5.6], [0, 0, 0, 0, 1, 1]), generator(0))
+    torch.testing.assert_close(found.weight, by_hand.weight)
+    assert found.places.flatten().tolist() == list(range(6))
+    assert found.weight[4] < 0 < found.weight[5]  # of equal images the one that the reference would not make loses
+
+
+@pytest.mark.parametrize("kernel", ["flow_sde", "ddim"])
+def test_the_mean_of_the_log_ratio_of_a_way_is_the_kl_of_the_walk(kernel):
+    policy, reference, walk = toy_for(kernel), toy_for(kernel, seed=1), walk_of(kernel)
+    seeds = tuple(range(400))
+    cond = Cond({"c": torch.zeros(len(seeds), 3)})
+    way = rollout(policy, walk.kernel, walk.schedule, cond, seeds, x_init=initial_noise(seeds, SHAPE))
+    with torch.no_grad():
+        ratio = (way.log_prob - log_probs(reference, walk.kernel, walk.schedule, way)).double().sum(1)
+        kl = torch.zeros(len(seeds), dtype=torch.float64)
+        for i in way.steps:
+            at = torch.full((len(seeds),), i)
+            p, q = (walk.transition(model, way.states(i)[0], at, cond) for model in (policy, reference))
+            kl += kl_divergence(p, q).double()
+    assert kl.mean() > 0
+    assert ratio.mean() == pytest.approx(kl.mean().item(), abs=4 * (ratio - kl).std().item() / len(seeds) ** 0.5)
+
+
 def test_a_constant_reward_selects_nothing():
     for method in (DDPO(), FlowGRPO()):
         chosen = method.select(scored([3.0] * 4, [0, 0, 1, 1]), generator(0))
@@ -225,6 +259,8 @@ def test_what_they_need_follows_from_their_options():
     assert FlowGRPO(**FREE).needs.references == ("none",)
     assert [FlowGRPO(trust=t).needs.mean_old for t in ("clip", "guard", "mask")] == [False, True, True]
     assert FlowGRPO().needs.items == DDPO().needs.items == "transitions"
+    assert FlowGRPO(kl_reward=0.1, **FREE).needs.references == ("start", "ema")
+    assert [FlowGRPO(kl_reward=w).needs.log_ratio for w in (0.0, 0.1)] == [False, True]
 
 
 # bad input
@@ -238,6 +274,12 @@ def test_what_they_need_follows_from_their_options():
         (DDPO, {"advantage": "batch", "min_count": 4}, "method.buffer_size and .min_count must be left out"),
         (FlowGRPO, {"kl": -0.1}, "method.kl must be at least 0, got -0.1"),
         (FlowGRPO, {"clip_range": -1e-4}, "method.clip_range must be positive, got -0.0001"),
+        (FlowGRPO, {"kl_reward": -1.0}, "method.kl_reward must be at least 0, got -1.0"),
+        (
+            FlowGRPO,
+            {"kl_reward": 1.0, "advantage": "win_rate"},
+            "method.kl_reward must be 0 with advantage = 'win_rate'",
+        ),
         (FlowGRPO, {"extremes": 0}, "method.extremes must be at least 1, got 0"),
         (FlowGRPO, {"trust": "guard", "step_weight": "longcat"}, "method.step_weight must be 'none' with trust"),
     ],
@@ -252,6 +294,11 @@ def test_options_for_flows_are_refused_on_a_ddpm_model(key, name):
     policy = toy_for("ddim")
     with pytest.raises(InputError, match=f"method.{key} must fit a model that predicts 'epsilon', got .*for flows"):
         run(METHODS[name], policy, moves(policy, walk_of("ddim"), [1]), policy)
+
+
+def test_a_kl_inside_the_reward_is_refused_without_log_ratios():
+    with pytest.raises(ValueError, match=r"scored\.log_ratio must be there for a KL inside the reward, got None"):
+        FlowGRPO(kl_reward=1.0, **FREE).select(scored([1.0, 2.0], [0, 0]), generator(0))
 
 
 @pytest.mark.parametrize("trust", ["guard", "mask"])

@@ -31,13 +31,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def table(world: Path, output: Path, *, model: str | dict = "sd", method: str = "d3po", **sections) -> dict:
+def table(world: Path, output: Path, *, model: str | dict = "sd", method: str | dict = "d3po", **sections) -> dict:
     """Two rounds of two updates; a pair of images is trained at each of four moves."""
     found = {
         "output": str(output),
         "model": {"path": str(world / model)} if isinstance(model, str) else model,
         "data": {"path": str(world / "prompts.txt")},
-        "method": {"name": method},
+        "method": {"name": method} if isinstance(method, str) else method,
         "online": {
             "rewards": ["tests.online_rewards:brightness"],
             "prompts": 2,
@@ -95,6 +95,23 @@ def test_the_ratio_is_exactly_1_before_the_first_update(world, tmp_path, model, 
     if method == "flow_grpo":
         assert steps[0]["kl_loss"] == 0.0
         assert steps[1]["kl_loss"] > 0.0
+
+
+def test_a_kl_inside_the_reward_is_0_while_policy_and_reference_agree(world, tmp_path):
+    online = {"guidance": 2.0, "batch_size": 3, "updates": 1}
+    lines = {}
+    for weight in (0.0, 0.5):
+        run = table(
+            world, tmp_path / str(weight), model="sd3", online=online, optimizer={"lr": 1e-2},
+            train={"steps": 2, "batch_size": 2, "accumulate": 6},
+        )  # fmt: skip
+        run["method"] = {"name": "flow_grpo", "kl": 0.0, "kl_reward": weight}
+        lines[weight] = metrics(diffalign.train(run).folder)
+    first, second = (line for line in lines[0.5] if "round" in line)
+    assert first["log_ratio"] == 0.0
+    assert second["log_ratio"] != 0.0
+    plain, penalised = ([line for line in lines[w] if "loss" in line] for w in (0.0, 0.5))
+    assert penalised[0] == plain[0]
 
 
 def test_a_second_update_leaves_the_policy_that_sampled(world, tmp_path):
@@ -296,6 +313,31 @@ def test_people_judge_where_no_reward_does(world, tmp_path):
     assert rounds_of(result.folder)[0]["score/people"] == pytest.approx(0.5)
 
 
+def test_labels_that_cannot_be_end_the_run_in_one_line_and_nothing_is_lost(world, tmp_path):
+    run = table(world, tmp_path / "run", online={"rewards": []}, train={"steps": 2})
+    with pytest.raises(RunError, match="waits for people"):
+        diffalign.train(run)
+    folder = tmp_path / "run" / "rounds" / "round-1"
+    before = {file: file.read_bytes() for file in folder.glob("*/*.png")} | {
+        file: file.read_bytes() for file in folder.glob("part-*")
+    }
+    ids = [json.loads(line)["id"] for line in (folder / "labels-template.jsonl").read_text().splitlines()]
+    rows = [{"id": one, "label": label} for one, label in zip(ids, (1, 0, -1, 2), strict=True)]
+    for bad, words in (
+        ([*rows, {"id": "00009-0", "label": 1}], r"line 5: id must be an image of this round, got '00009-0'"),
+        (rows[:-1], r"00001-1"),
+    ):
+        (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+        with pytest.raises(InputError, match=words):
+            diffalign.train({**run, "resume": "latest"})
+        assert {file: file.read_bytes() for file in before} == before
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    diffalign.train({**run, "resume": "latest"})
+    assert {file: file.read_bytes() for file in before if file.suffix == ".png"} == {
+        file: data for file, data in before.items() if file.suffix == ".png"
+    }
+
+
 def test_labels_do_what_the_reward_that_they_were_made_by_does(world, tmp_path):
     by_reward = diffalign.train(table(world, tmp_path / "reward", train={"steps": 2}))
     files = sorted((by_reward.folder / "rounds" / "round-1").glob("scores-*.json"))
@@ -329,6 +371,8 @@ def test_a_reward_that_cannot_judge_ends_the_run_in_one_line(world, tmp_path, re
     ("sections", "words"),
     [
         ({"online": {"kernel": {"name": "ddim", "eta": 0.0}}}, r"online\.kernel must have noise"),
+        ({"model": "sd3", "online": {"kernel": {"name": "flow_sde", "eta": 0.0}}}, r"online\.kernel must have noise"),
+        ({"method": "ddpo", "online": {"kernel": {"name": "ode"}}}, r"online\.kernel must have noise"),
         ({"online": {"kernel": {"name": "flow_sde"}}}, r"kernel must fit a DDPM model, got 'flow_sde'"),
         ({"online": {"group": 1}}, r"config\.online\.group must be at least 2 with method 'd3po'"),
         ({"online": {"prompts": 5}}, r"data\.path must hold at least the 5 prompts of a round, got 4"),
@@ -338,6 +382,13 @@ def test_a_reward_that_cannot_judge_ends_the_run_in_one_line(world, tmp_path, re
         ({"online": {"window": {"size": 3}}}, r"online\.window must have a size in \[1, 2\]"),
         ({"online": {"set_reward": "vendi"}}, r"config\.online\.set_reward must be left out with method 'd3po'"),
         ({"online": {"rewards": ["clap"]}}, r"online\.rewards must judge images and prompts alone, got 'clap'"),
+        (
+            {
+                "method": {"name": "flow_grpo", "kl_reward": 0.1},
+                "online": {"rewards": [f"tests.online_rewards:{r}" for r in ("brightness", "redness")]},
+            },
+            r"config\.online\.rewards must be one with method\.kl_reward, which each score would lose, got 2",
+        ),
         ({"data": {"flip": True}}, r"config\.data\.flip must be left out with method 'd3po'"),
         ({"validation": {"every": 2}}, r"config\.validation must be left out with method 'd3po'"),
         ({"online": None}, r"config\.online must be there with method 'd3po'"),

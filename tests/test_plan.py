@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks.step import peak_of
 from benchmarks.worlds import _SCHEDULER, _TEXT, _UNET, _VAE, SIZES, build
 from diffalign import cli, cli_plan, shipped
-from diffalign.assemble import make_accelerator, make_optimizer, make_reference, place_net
+from diffalign.bare import Encoding, bare_net, encoding
 from diffalign.checks import reference_kind
 from diffalign.config import load, parse
 from diffalign.counting import Memory, autocast, count_flop, fake_mode, saved_bytes
@@ -21,13 +21,16 @@ from diffalign.denoisers.unet import SD
 from diffalign.errors import InputError, RunError
 from diffalign.fit import fit
 from diffalign.leaner import leaner
+from diffalign.memory import optimizer_bytes
 from diffalign.models.load import detect_family, load_scheduler_config, pipeline_index
 from diffalign.models.lora import add_lora
-from diffalign.models.policy import load_policy
+from diffalign.models.policy import load_policy, make_reference
 from diffalign.models.save import trainable
-from diffalign.plan import CONTEXT, GIB, SPARE, Plan, optimizer_bytes, parse_memory, plan, planned_device
-from diffalign.rehearsal import Encoding, _batches, bare_net, encoding, rehearse
+from diffalign.placing import make_accelerator, make_optimizer, place_net
+from diffalign.plan import CONTEXT, GIB, SPARE, Plan, parse_memory, plan, planned_device
+from diffalign.rehearsal import rehearse
 from diffalign.strict import apply_override
+from diffalign.timing import batches
 from diffalign.train import run
 from diffalign.workload import Evaluations, evaluations
 from tests import worlds
@@ -36,7 +39,7 @@ from tests.test_train import config as run_config
 from tests.toys import ON_DATA
 
 CONFIGS = sorted(f.stem for f in shipped.configs().glob("tiny_*.toml") if "[online]" not in f.read_text())
-"""Runs on data; work of runs on own images is not counted."""
+"""Runs on data; test_plan_online.py has those on own images."""
 SD15_FLOP = 0.803e12
 
 
@@ -124,7 +127,7 @@ def test_the_work_is_that_of_the_published_script_without_what_a_cache_saves(wor
         assert 8 * (r.forward + r.backward) / 1e9 == pytest.approx(156.7, rel=0.005)
 
 
-def real_step(cfg, inputs, policy):
+def real_step(cfg, inputs, policy, family):
     """Bytes that a real step hands to autograd, and a call that takes another one."""
     accelerator = make_accelerator(cfg)
     net = place_net(policy.net, cfg, accelerator, adapted=True)
@@ -133,7 +136,7 @@ def real_step(cfg, inputs, policy):
         policy,
         None if kind == "none" else make_reference(policy, adapted=True, moves=kind == "ema").denoiser,
         cfg.method,
-        _batches(cfg, inputs),
+        batches(cfg, family, inputs),
         accelerator.prepare(make_optimizer(cfg, list(trainable(net).values()))),
         steps=3,
         accelerator=accelerator,
@@ -149,7 +152,7 @@ def check_memory(cfg, family, policy) -> None:
     shell = family.make_denoiser(bare_net(cfg, family), load_scheduler_config(cfg.model), cfg.timesteps)
     work = evaluations(cfg.method, shell, reference=reference_kind(cfg) != "none")
     r = rehearse(cfg, family, inputs, work, device="cpu")
-    handed, step = real_step(cfg, inputs, policy)
+    handed, step = real_step(cfg, inputs, policy, family)
     peak = peak_of(step, torch.device("cpu"))
     print(f"handed {r.handed / handed:.3f} of {handed / 1e6:.1f} MB, peak {r.peak / peak:.3f} of {peak / 1e6:.1f} MB")
     assert r.handed == pytest.approx(handed, rel=0.1)

@@ -9,7 +9,7 @@ import torch
 
 import diffalign
 from diffalign import environment
-from diffalign.assemble import make_accelerator, place_net
+from diffalign.bare import bare_net, encoding
 from diffalign.checks import reference_kind
 from diffalign.config import load, parse
 from diffalign.denoisers import FAMILIES
@@ -30,7 +30,8 @@ from diffalign.models.quantized import (
     swapped_layers,
 )
 from diffalign.models.save import export_lora, trainable
-from diffalign.rehearsal import bare_net, encoding, rehearse
+from diffalign.placing import make_accelerator, place_net
+from diffalign.rehearsal import rehearse
 from diffalign.rng import SampleRng
 from diffalign.types import Cond, PairBatch
 from diffalign.workload import evaluations

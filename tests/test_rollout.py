@@ -10,12 +10,15 @@ from torch import Tensor
 from diffalign.denoisers import FAMILIES
 from diffalign.denoisers.guided import Guided
 from diffalign.errors import InputError, RunError
-from diffalign.models.load import ModelSource, load_pipeline
+from diffalign.models.load import ModelSource, load_context, load_pipeline
+from diffalign.online.parts import make_walk
+from diffalign.online.settings import OnlineSettings
 from diffalign.progress import bar
 from diffalign.sampling.kernels import KERNELS, kernel
 from diffalign.sampling.rollout import Keep, draw_window, initial_noise, log_probs, noisy_steps, rollout
 from diffalign.sampling.schedule import Schedule, make_schedule, schedule_of
-from diffalign.types import Cond, Denoiser, Trajectory
+from diffalign.types import Cond, Denoiser, Needs, Trajectory
+from tests import worlds
 from tests.toys import SHAPE, Toy, toy
 
 PROMPTS = ["a large red circle on a white background", "two small blue squares"]
@@ -105,6 +108,32 @@ def test_without_noise_the_loop_is_the_stock_pipeline(world, guidance):
         found = rollout(denoiser, kernel(name, **settings), schedule, world.cond, (3, 4), x_init=x_init)
         torch.testing.assert_close(found.x_0, theirs, atol=1e-5, rtol=1e-5)
         assert found.log_prob.shape == (2, 0)
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["dev", "schnell"])
+def test_without_noise_the_loop_is_flux_s_own_at_the_shift_of_its_image(tmp_path, guided):
+    """Dev's shift grows with the image; at 16 tokens it is far from that of the model's own size."""
+    family, source = FAMILIES["flux"], ModelSource(path=str(worlds.flux(tmp_path / "flux", guided=guided)))
+    pipeline, context = load_pipeline(source), load_context(source, family, resolution=16)
+    pipeline.set_progress_bar_config(disable=True)
+    denoiser = family.make_denoiser(pipeline.transformer, pipeline.scheduler.config, None, context)
+    x_init = initial_noise([3, 4], context.latents)
+    theirs = family.sample(pipeline, PROMPTS, x_init, steps=5, guidance=3.5, decoded=False)
+    walks = [
+        make_walk(OnlineSettings(steps=5, table=table), Needs(data="prompts", items="images"), source, family=family,
+                  context=context)
+        for table in ("analytic", "diffusers")
+    ]  # fmt: skip
+    for made in walks:
+        torch.testing.assert_close(made.schedule.levels, pipeline.scheduler.sigmas)
+        cond = family.encode_prompts(pipeline, PROMPTS)
+        found = rollout(denoiser, made.kernel, made.schedule, cond, (3, 4), x_init=x_init)
+        torch.testing.assert_close(found.x_0, theirs, atol=1e-5, rtol=1e-5)
+    if guided:
+        large = load_context(source, family, resolution=64)
+        other = make_walk(OnlineSettings(steps=5), Needs(data="prompts", items="images"), source, family=family,
+                          context=large)  # fmt: skip
+        assert (other.schedule.levels[1:-1] > walks[0].schedule.levels[1:-1]).all()
 
 
 def test_without_noise_a_walk_on_the_ve_path_is_the_stock_pipeline_with_its_euler_scheduler(world):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import diffalign
-from diffalign.assemble import make_accelerator
 from diffalign.config import parse
 from diffalign.data.batches import Collator
 from diffalign.data.cache import Share
@@ -26,6 +25,7 @@ from diffalign.leaner import leaner
 from diffalign.methods.diffusion_dpo import DiffusionDPO
 from diffalign.models.policy import make_reference, share_out
 from diffalign.models.save import export_full, trainable
+from diffalign.placing import make_accelerator
 from diffalign.plan import plan, planned_processes
 from diffalign.sharding import (
     cut_optimizer,
@@ -558,14 +558,15 @@ import json, sys, torch
 torch.set_num_threads(1)
 import diffalign
 from benchmarks.step import peak_of
-from diffalign.assemble import make_accelerator, make_optimizer
+from diffalign.placing import make_accelerator, make_optimizer
 from diffalign.config import parse
 from diffalign.denoisers.unet import SD
 from diffalign.fit import fit
 from diffalign.models.load import load_net_config, load_scheduler_config, pipeline_index
 from diffalign.models.policy import make_reference, share_out
 from diffalign.models.save import trainable
-from diffalign.rehearsal import _batches, encoding
+from diffalign.bare import encoding
+from diffalign.timing import batches
 from diffalign.sharding import local, mesh_of
 
 cfg = parse(json.loads(open(sys.argv[1]).read())[0])
@@ -579,7 +580,7 @@ dtype = torch.bfloat16 if cfg.train.precision == "bf16" else None
 reference = share_out(net, reference, mesh_of(accelerator.device, 2), blocks=SD.blocks, dtype=dtype)
 optimizer = accelerator.prepare(make_optimizer(cfg, list(trainable(net).values())))
 inputs = encoding(cfg, SD, pipeline_index(cfg.model, weights=False))
-steps = fit(policy, reference.denoiser, cfg.method, _batches(cfg, inputs), optimizer, steps=9, max_grad_norm=1.0,
+steps = fit(policy, reference.denoiser, cfg.method, batches(cfg, SD, inputs), optimizer, steps=9, max_grad_norm=1.0,
             accelerator=accelerator)
 for _ in range(2):
     next(steps)

@@ -32,6 +32,7 @@ from diffalign.sampling.kernels import (
 )
 from diffalign.sampling.schedule import (
     Schedule,
+    few_steps,
     flow_schedule,
     make_schedule,
     schedule_of,
@@ -330,6 +331,41 @@ def test_the_gradient_of_a_chain_is_that_of_its_expected_end(steps, whole, but_l
             x = FLOW_NOISE["flow_sde"](gaussian(x, step) + (theta if i < trained else 0), x, step).mean
         (slope,) = torch.autograd.grad(x.sum(), theta)
         assert slope.item() == pytest.approx(wanted, abs=1e-7)
+
+
+@pytest.mark.parametrize("last", [1, 2, 4])
+def test_a_chain_cut_off_has_the_gradient_of_its_last_moves(last):
+    """Without noise, of the end by a shift of the velocity: the sum of dt_i prod_{j > i} c_j over moves that are kept
+    in the graph; of all of them it is the gradient through the whole chain."""
+    walk, steps, dt = flow_table("1", 4), 4, -0.25
+    theta = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    x = torch.full((1, 1), 0.3, dtype=torch.float64)
+    for i in range(steps):
+        with torch.set_grad_enabled(i >= steps - last):
+            x = ode(gaussian(x, at(walk, i)) + theta, x, at(walk, i)).mean
+    (slope,) = torch.autograd.grad(x.sum(), theta)
+    sigma = [1 - i / steps for i in range(steps)]
+    c = [1 + dt * (s - 0.25 * (1 - s)) / (0.25 * (1 - s) ** 2 + s**2) for s in sigma]
+    expected = sum(dt * math.prod(c[i + 1 :]) for i in range(steps - last, steps))
+    assert slope.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "few"),
+    [
+        ({"_class_name": "LCMScheduler"}, True),
+        ({"_class_name": "TCDScheduler"}, True),
+        ({"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}, True),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True}, True),
+        ({"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "linspace"}, False),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}, False),
+        (SD3_CONFIG, False),
+        (SD_CONFIG, False),
+    ],
+    ids=str,
+)
+def test_models_that_were_distilled_to_a_few_steps_are_known_by_their_scheduler(config, few):
+    assert few_steps(config) is few
 
 
 def test_the_score_function_estimates_that_gradient():

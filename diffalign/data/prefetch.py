@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.types import Batch, Cond
+from diffalign.types import Batch, Cond, ImageBatch
 
 
 def ahead(batches: Iterator[Batch], *, pinned: bool) -> Generator[Batch, None, None]:
@@ -35,4 +35,5 @@ def pin(batch: Batch) -> Batch:
     """The batch in page-locked memory."""
     held = {f.name: getattr(batch, f.name) for f in fields(batch)}
     moved: dict[str, Any] = {name: value.pin_memory() for name, value in held.items() if isinstance(value, Tensor)}
+    moved |= {name: pin(value) for name, value in held.items() if isinstance(value, ImageBatch)}
     return replace(batch, **moved, cond=Cond({name: value.pin_memory() for name, value in batch.cond.tensors.items()}))

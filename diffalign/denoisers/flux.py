@@ -19,6 +19,7 @@ from diffalign.denoisers.features import captured, first_blocks, token_maps
 from diffalign.denoisers.kohya import Adapter, by_table
 from diffalign.errors import InputError
 from diffalign.paths import FlowPath, Prediction, TimestepSampling
+from diffalign.sampling.schedule import even_levels, shift_at
 from diffalign.types import Cond
 
 SIDE = 128
@@ -125,8 +126,7 @@ def shift_of(config: Any, tokens: int) -> float:
     """The scheduler's shift for images of so many tokens: exp of a line through its two points, or its constant."""
     if not config.use_dynamic_shifting:
         return float(config.shift)
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    mu = shift_at(config, tokens)
     return mu if config.time_shift_type == "linear" else math.exp(mu)
 
 
@@ -234,6 +234,7 @@ FLUX = Family(
         "text_encoder_2": ("text_encoders.t5xxl.",),
     },
     latent_shape=lambda config: (config["in_channels"] // PATCH**2, SIDE, SIDE),
+    levels=even_levels,
     patch=PATCH,
     pack=pack,
     unpack=unpack,

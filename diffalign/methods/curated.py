@@ -29,22 +29,27 @@ class Curated:
 
     Paper: Ferbach et al., "Self-Consuming Generative Models with Curated Data Provably Optimize Human Preferences",
     arXiv 2407.09499.
-    Departs: the paper also mixes real images into every round, which keeps the loop from closing in on the images of
-    highest reward; a round here has prompts alone, so watch diversity, and take few rounds.
+    Departs: real images are left out unless `real_share` asks for them. Without them the loop closes in on images of
+    the highest reward: watch diversity, and take few rounds.
     """
 
     temperature: float = 0.2
     """T that scores are divided by; 0 keeps the best. The paper's runs multiply a score in [0, 1] by 5."""
+    real_share: float = 0.0
+    """Share of the samples that are images of the data, 1 / (1 + lambda) in the paper, with which the loop has a stable
+    end; prompts are then those of the data too. 1 is fine-tuning on the data alone."""
     error_space: ErrorSpace = "native"
     """Between which predictions the error is; `native` is what the network predicts, at constant weight."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"method.temperature must be at least 0, got {self.temperature}")
+        if not 0 <= self.real_share <= 1:
+            raise InputError(f"method.real_share must be in [0, 1], got {self.real_share}")
 
     @property
     def needs(self) -> Needs:
-        return Needs(data="prompts", items="images", references=("none",), group_at_least=2)
+        return Needs(data="prompts", items="images", references=("none",), group_at_least=2, real_share=self.real_share)
 
     def select(self, scored: Scored, generator: torch.Generator) -> Selection:
         """One image of every prompt."""

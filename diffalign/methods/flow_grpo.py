@@ -4,6 +4,7 @@ The same loss on other walks is other papers: with the kernel `dance` and kl = 0
 moves (`online.window`) with noise alone MixGRPO and Flow-GRPO-Fast, on `ddim` moves GRPO for U-Nets.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,7 @@ from diffalign.methods.policy_gradient import (
     policy_metrics,
     reference_kl,
 )
-from diffalign.methods.selection import select_by_advantage
+from diffalign.methods.selection import penalised, select_by_advantage
 from diffalign.rng import SampleRng
 from diffalign.sampling.transitions import kl_divergence
 from diffalign.types import ALONE, Denoiser, Needs, Scored, Selection, Shared, StepLoss, Transition, TransitionBatch
@@ -72,6 +73,9 @@ class FlowGRPO:
     """Advantages are cut to plus and minus this."""
     extremes: int | None = None
     """Of every group this many best and as many worst images are trained on; None is all."""
+    kl_reward: float = 0.0
+    """Weight of the KL inside the reward: every score loses this many times the sum over its image's moves of
+    log_prob - log_prob_ref, as they were sampled, whose mean is the KL of the walk. Off in the authors' recipes."""
 
     def __post_init__(self) -> None:
         if self.kl < 0:
@@ -82,6 +86,13 @@ class FlowGRPO:
             raise InputError(
                 f"method.step_weight must be 'none' with trust = 'guard', got {self.step_weight!r}; that has its own "
                 "weight of moves"
+            )
+        if not 0 <= self.kl_reward < math.inf:
+            raise InputError(f"method.kl_reward must be at least 0, got {self.kl_reward}")
+        if self.kl_reward > 0 and self.advantage == "win_rate":
+            raise InputError(
+                "method.kl_reward must be 0 with advantage = 'win_rate', which knows no sizes of scores, got "
+                f"{self.kl_reward}"
             )
         _ = self.recipe  # its own checks
 
@@ -100,13 +111,14 @@ class FlowGRPO:
         return Needs(
             data="prompts",
             items="transitions",
-            references=("start", "ema") if self.kl > 0 else ("none",),
+            references=("start", "ema") if self.kl > 0 or self.kl_reward > 0 else ("none",),
             group_at_least=self.recipe.group_at_least,
             mean_old=self.trust != "clip",
+            log_ratio=self.kl_reward > 0,
         )
 
     def select(self, scored: Scored, generator: torch.Generator) -> Selection:
-        return select_by_advantage(scored, self.recipe)
+        return select_by_advantage(scored if self.kl_reward == 0 else penalised(scored, self.kl_reward), self.recipe)
 
     def __call__(
         self,

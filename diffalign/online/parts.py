@@ -1,6 +1,6 @@
 """What an online run is made of beside its policy: prompts, encoders, judges, the walk that samples."""
 
-from collections.abc import Callable, Sequence
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 
 from diffalign.data.batches import LatentScale
 from diffalign.data.prepare import Encoders, vae_scale
-from diffalign.data.prompts import PromptSet, read_prompts
+from diffalign.data.prompts import PromptSet
 from diffalign.denoisers import Context, Family
+from diffalign.denoisers.family import PLAIN
 from diffalign.errors import InputError
 from diffalign.evaluate.media import Medium, medium_of
 from diffalign.models.load import ModelSource, load_scheduler_config
@@ -57,8 +58,7 @@ def make_online(
     family: Family,
     policy: Any,
     *,
-    prompts: str,
-    limit: int | None,
+    prompts: PromptSet,
     zeros: bool,
     context: Context,
     adapted: bool,
@@ -70,21 +70,20 @@ def make_online(
     Raises:
         InputError: Prompts, rewards or a walk that cannot be.
     """
-    found = read_prompts(prompts, limit)
-    if len(found) < settings.prompts:
+    if len(prompts) < settings.prompts:
         raise InputError(
-            f"data.path must hold at least the {settings.prompts} prompts of a round, got {len(found)}; lower "
+            f"data.path must hold at least the {settings.prompts} prompts of a round, got {len(prompts)}; lower "
             "online.prompts"
         )
     medium = medium_of(family.modality, context, heard_hz=settings.heard_hz, mono=settings.mono)
     return OnlineParts(
         settings=settings,
-        prompts=found,
+        prompts=prompts,
         encoders=Encoders(source, family, device, zeros=zeros, offload=offload, context=context),
         scale=vae_scale(source),
         medium=medium,
         judges=None if settings.by_people else load_judges(settings, medium),
-        walk=make_walk(settings, needs, source, levels=family.levels),
+        walk=make_walk(settings, needs, source, family=family, context=context),
         shape=context.latents,
         old=make_old(policy, adapted=adapted) if needs.old else None,
     )
@@ -95,12 +94,14 @@ def make_walk(
     needs: Needs,
     source: ModelSource,
     *,
-    levels: Callable[[int], Sequence[float]] | None = None,
+    family: Family | None = None,
+    context: Context = PLAIN,
 ) -> KernelWalk:
     """The walk that samples, and for methods on moves is trained on.
 
     Args:
-        levels: Those of the stock sampler, of a family that has its own.
+        family: None is one without levels of its own and without a shift that grows with the image.
+        context: How large what is made is.
 
     Raises:
         InputError: A kernel that is not for this model, one without noise where log-probs are needed, or a window that
@@ -116,7 +117,9 @@ def make_walk(
     chosen = choose_kernel(
         settings.kernel, flows=str(config.get("_class_name", "")).startswith("FlowMatch"), on_moves=on_moves
     )
-    schedule = make_schedule(chosen.name, config, settings.steps, table=settings.table, sigmas=levels)
+    levels = None if family is None else family.levels
+    tokens = None if family is None else math.prod(context.latents[1:]) // family.patch**2
+    schedule = make_schedule(chosen.name, config, settings.steps, table=settings.table, sigmas=levels, tokens=tokens)
     noisy = noisy_steps(chosen, schedule)
     if on_moves and not noisy:
         raise InputError(

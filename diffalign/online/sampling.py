@@ -12,7 +12,7 @@ from diffalign.errors import RunError
 from diffalign.online.collate import RoundCollator
 from diffalign.online.parts import OnlineParts
 from diffalign.online.store import Store
-from diffalign.sampling.rollout import Keep, initial_noise, rollout
+from diffalign.sampling.rollout import Keep, initial_noise, log_probs, rollout
 from diffalign.types import Cond, Denoiser, Trajectory
 
 Autocast = Callable[[], AbstractContextManager[None]]
@@ -61,6 +61,22 @@ def sample_part(
             "the VAE"
         )
     return walked, images
+
+
+def reference_log_probs(
+    online: OnlineParts,
+    reference: Denoiser,
+    walked: Trajectory,
+    uncond: Cond,
+    *,
+    device: torch.device,
+    autocast: Autocast,
+) -> Float[Tensor, "b n"]:
+    """Log-probs of a batch's moves under the reference, guided as they were sampled and in the same batch shape: where
+    reference and policy agree they are the rollout's own to the last bit."""
+    guided = Guided(denoiser=reference, uncond=uncond.to(device), guidance=online.settings.guidance)
+    with torch.no_grad(), autocast():
+        return log_probs(guided, online.walk.kernel, online.walk.schedule, walked)
 
 
 def remember_old(

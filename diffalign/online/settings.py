@@ -7,6 +7,9 @@ from diffalign.errors import InputError
 from diffalign.sampling.kernels import Kernel, kernel
 from diffalign.sampling.schedule import Table
 
+KEPT_POLICIES = 3
+"""Rounds whose reference or slow copy stays on disk: more than a resumed run goes back."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings:
@@ -114,6 +117,15 @@ class OnlineSettings:
     def images(self) -> int:
         """Images of a round, over all processes."""
         return self.prompts * self.group
+
+    def evaluated_again(self, batch_size: int, *, mean_old: bool) -> bool:
+        """Whether log-probs of the policy that sampled are computed again, in training's batches of this size.
+
+        Args:
+            mean_old: The method needs the means of its moves too, which a rollout does not keep.
+        """
+        same_shape = batch_size == self.batch_size and self.images % self.batch_size == 0
+        return mean_old or not (self.old_log_probs == "rollout" or same_shape)
 
     @property
     def by_people(self) -> bool:

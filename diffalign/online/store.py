@@ -83,12 +83,23 @@ class Store:
         """Whether a batch is there: its tensors are written last."""
         return self._part(part).is_file()
 
-    def write_part(self, part: int, walked: Trajectory, images: Float[Tensor, " b *rest"]) -> None:
-        """A batch of rollouts and its images in [0, 1], or its clips in [-1, 1]."""
+    def write_part(
+        self,
+        part: int,
+        walked: Trajectory,
+        images: Float[Tensor, " b *rest"],
+        log_prob_ref: Float[Tensor, "b n"] | None = None,
+    ) -> None:
+        """A batch of rollouts and its images in [0, 1], or its clips in [-1, 1].
+
+        Args:
+            log_prob_ref: Of its moves under the reference, where the method asks for their log-ratios.
+        """
         self.media.mkdir(parents=True, exist_ok=True)
         for row, image in zip(self.rows(part), images, strict=True):
             write_bytes(self.file(row), self.medium.encoded(image))
         tensors = {"x": walked.x, "x_0": walked.x_0, "log_prob": walked.log_prob}
+        tensors |= {} if log_prob_ref is None else {"log_prob_ref": log_prob_ref}
         about = {"steps": list(walked.steps), "first": walked.first, "seeds": list(walked.seeds)}
         save_shard(self._part(part), {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, about)
 
@@ -155,6 +166,14 @@ class Store:
             for r, p in zip(rows, places, strict=True)
         ]
         return torch.stack(found)
+
+    def log_ratio(self) -> Float[Tensor, " n"]:
+        """Of the whole round: summed over an image's moves, log_prob - log_prob_ref as they were sampled, float64."""
+        found = [
+            (content.get_tensor("log_prob").double() - content.get_tensor("log_prob_ref").double()).sum(1)
+            for content in (self._content(self._part(part)) for part in self.parts)
+        ]
+        return torch.cat(found)
 
     def mean_old(self, rows: Sequence[int], places: Sequence[int]) -> Float[Tensor, "b c h w"]:
         """Means of that policy's moves."""

@@ -207,6 +207,7 @@ def make_schedule(
     *,
     table: Table = "analytic",
     sigmas: Callable[[int], Sequence[float]] | None = None,
+    tokens: int | None = None,
 ) -> Schedule:
     """The walk that a kernel takes over a model whose scheduler config this is.
 
@@ -215,9 +216,11 @@ def make_schedule(
         config: The folder's scheduler config; only its constants and spacing count, not its class's own moves.
         table: Of a flow. The two differ much (N = 10, shift 3: the last level but one is 0.25 or 0.0089), so log it.
         sigmas: Steps -> the levels of table `diffusers` before the shift, of a pipeline that has its own.
+        tokens: Of an image, for a scheduler whose shift grows with them.
 
     Raises:
-        InputError: Unknown kernel, a kernel on the wrong kind of model, steps out of range, or a dynamic shift.
+        InputError: Unknown kernel, a kernel on the wrong kind of model, steps out of range, or a dynamic shift of
+            images of unknown size.
 
     Departs: the analytic table is the default; `diffusers` is that of the stock SD3 pipeline and of
         Flow-GRPO's recipes.
@@ -234,18 +237,37 @@ def make_schedule(
     most = MOST_FLOW_MOVES if flows else scheduler.config.num_train_timesteps
     if not 1 <= steps <= most:
         raise InputError(f"steps must be in [1, {most}], got {steps}")
-    if flows and scheduler.config.use_dynamic_shifting:
-        raise InputError(
-            "scheduler.use_dynamic_shifting must be false, got true; set the timesteps with the pipeline's mu and call "
-            "schedule_of"
-        )
+    shift = {"mu": _mu(scheduler.config, tokens)} if flows and scheduler.config.use_dynamic_shifting else {}
     if flows and table == "analytic":
-        scheduler.set_timesteps(sigmas=[1 - k / steps for k in range(steps)])
+        scheduler.set_timesteps(sigmas=even_levels(steps), **shift)
     elif flows and sigmas is not None:
-        scheduler.set_timesteps(sigmas=list(sigmas(steps)))
+        scheduler.set_timesteps(sigmas=list(sigmas(steps)), **shift)
     else:
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(steps, **shift)
     return schedule_of(scheduler, last="scheduler" if kernel == "ode" else "alpha_bar_0")
+
+
+def even_levels(steps: int) -> list[float]:
+    """1, 1 - 1 / N, ..., 1 / N."""
+    return [1 - k / steps for k in range(steps)]
+
+
+def shift_at(config: Any, tokens: int) -> float:
+    """mu of a flow's scheduler whose shift grows with the number of an image's tokens: a line through two points.
+
+    Paper: Esser et al., arXiv 2403.03206, section 5.3.2, for why; the line is that of FLUX.1's authors.
+    """
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
+
+def _mu(config: Any, tokens: int | None) -> float:
+    if tokens is None:
+        raise InputError(
+            "scheduler.use_dynamic_shifting must be false, got true, where nobody says how many tokens an image has; "
+            "set the timesteps with the pipeline's mu and call schedule_of"
+        )
+    return shift_at(config, tokens)
 
 
 def _schedulers() -> dict[str, dict[str, Any]]:

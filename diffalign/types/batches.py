@@ -25,6 +25,8 @@ class PairBatch:
     """Scores of the losers by the same judge."""
     err_ref: Float[Tensor, "b 2"] | None = None
     """The reference's errors on winner and loser, float64, where they are known beforehand."""
+    real: "ImageBatch | None" = None
+    """An image of the data beside each pair of own images, where the method asks for it."""
 
     def __len__(self) -> int:
         return len(self.x_w)
@@ -38,13 +40,15 @@ class PairBatch:
             score_w=None if self.score_w is None else self.score_w.to(device, non_blocking=True),
             score_l=None if self.score_l is None else self.score_l.to(device, non_blocking=True),
             err_ref=None if self.err_ref is None else self.err_ref.to(device, non_blocking=True),
+            real=None if self.real is None else self.real.to(device),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in the batch by name, to keep a batch aside."""
         names = ("x_w", "x_l", "score_w", "score_l", "err_ref")
         named = {name: getattr(self, name) for name in names}
-        return {**{k: v for k, v in named.items() if v is not None}, **common(self.samples, self.cond)}
+        real = {} if self.real is None else {f"real.{name}": value for name, value in self.real.tensors().items()}
+        return {**{k: v for k, v in named.items() if v is not None}, **common(self.samples, self.cond), **real}
 
 
 @dataclass(frozen=True, kw_only=True)

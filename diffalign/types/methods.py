@@ -117,9 +117,20 @@ class Needs:
     """A reward of whole sets may judge the images."""
     mean_old: bool = False
     """Moves come with the mean of the policy that made them."""
+    log_ratio: bool = False
+    """Images come with how much likelier their moves were under the policy that made them than under the reference."""
+    real_share: float = 0.0
+    """Of a method that takes prompts: share of its samples that are rows of the data, with their images."""
+    real_beside: bool = False
+    """Of a method that takes prompts: every pair comes with a row of the data beside it."""
     errors: ErrorKind | None = None
     """Of a method to which the reference is its errors at each draw and nothing more, so that they may be known
     beforehand: which errors."""
+
+    @property
+    def real(self) -> bool:
+        """Prompts are those of data with images, which are trained on too."""
+        return self.real_share > 0 or self.real_beside
 
     @property
     def batches(self) -> Literal["pairs", "images", "labelled"]:
@@ -158,6 +169,9 @@ class Scored:
     embedded: Embedded | None = None
     """The images in the space of `set_reward`."""
     set_reward: SetReward | None = None
+    log_ratio: Float[Tensor, " n"] | None = None
+    """Sum over an image's moves with noise of log_prob - log_prob_ref, as they were sampled, each averaged over
+    elements; where the method asks for it."""
 
     def __len__(self) -> int:
         return len(self.group)

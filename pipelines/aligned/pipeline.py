@@ -217,6 +217,13 @@ class DiffalignPipeline(DiffusionPipeline):
             "latent" if judge is None and output_type == "latent" else "pt",
         )  # fmt: skip
         self.maybe_free_model_hooks()
+        output = self._taken(made, judge, prompts, num_images_per_prompt, output_type)
+        return output if return_dict else (output.images, output.scores)
+
+    def _taken(
+        self, made: list[RolloutOutput], judge: Reward | None, prompts: list[str], returned: int, output_type: str
+    ) -> AlignedOutput:
+        """Of the images that were made the best of each prompt by the judge; without one all of them."""
         images = torch.cat([one.images for one in made])
         found = [one.nsfw_content_detected for one in made]
         flagged = None if None in found else [flag for flags in found for flag in flags]
@@ -225,18 +232,17 @@ class DiffalignPipeline(DiffusionPipeline):
         if judge is not None:
             scores = score_prompts(judge, images.float(), prompts)
             black = torch.tensor(flagged or [False] * len(images)).view_as(scores)
-            chosen = best(scores.masked_fill(black, -torch.inf), num_images_per_prompt)
-            places = (chosen + made_each * torch.arange(len(prompts))[:, None]).flatten()
+            chosen = best(scores.masked_fill(black, -torch.inf), returned)
+            places = (chosen + scores.shape[1] * torch.arange(len(prompts))[:, None]).flatten()
         taken = torch.cat([one.trajectory.x_0 for one in made]) if output_type == "latent" else images
         taken = taken[places.to(taken.device)]
-        output = AlignedOutput(
+        return AlignedOutput(
             images=self.stock.image_processor.postprocess(taken, output_type, do_denormalize=[False] * len(taken)),
             scores=None if scores is None else scores.flatten()[places],
             candidate_scores=scores,
             chosen=chosen,
             nsfw_content_detected=None if flagged is None else [flagged[place] for place in places.tolist()],
         )
-        return output if return_dict else (output.images, output.scores)
 
     def _candidates(
         self,

@@ -92,19 +92,9 @@ class DiffalignPipeline(StableDiffusion3Pipeline):
             },
         )
         ask = Ask(
-            steps=num_inference_steps,
-            guidance=guidance_scale,
-            kernel=kernel,
-            eta=eta,
-            table=table,
-            height=height,
-            width=width,
-            generator=generator,
-            seeds=seeds,
-            latents=latents,
-            variance_noise=variance_noise,
-            window=window,
-            keep=keep,
-        )
+            steps=num_inference_steps, guidance=guidance_scale, kernel=kernel, eta=eta, table=table, height=height,
+            width=width, generator=generator, seeds=seeds, latents=latents, variance_noise=variance_noise,
+            window=window, keep=keep,
+        )  # fmt: skip
         made = roll_out(self, family, cond, uncond, ask, output_type=output_type)
         return made if return_dict else (made.images, made.trajectory, made.log_probs)
