@@ -21,6 +21,7 @@ from diffalign.checks import (
     method_name,
     reference_kind,
     rounding_of,
+    text_dtype_of,
 )
 from diffalign.config import dump
 from diffalign.data.batches import Collator, Rows
@@ -204,6 +205,7 @@ def make_rounds(
         adapted=cfg.train.trainable == "lora",
         device=accelerator.device,
         offload=cfg.train.offload,
+        text_dtype=text_dtype_of(cfg, accelerator.device.type),
     )
     check_work(cfg, settings, online.walk, share.of)
     return online
@@ -275,8 +277,8 @@ def prepare_rows(
         sizes=data.sizes == "original",
         buckets=buckets_of(cfg, family),
     )
-    zeros, offload = data.empty_prompt == "zeros", cfg.train.offload
-    encoders = Encoders(cfg.model, family, accelerator.device, zeros=zeros, offload=offload)
+    zeros, offload, kind = data.empty_prompt == "zeros", cfg.train.offload, text_dtype_of(cfg, accelerator.device.type)
+    encoders = Encoders(cfg.model, family, accelerator.device, zeros=zeros, offload=offload, text_dtype=kind)
     fraction = 0.0 if cfg.validation is None else cfg.validation.fraction
     limit = 0 if cfg.validation is None else cfg.validation.pairs
     if data.cache is False:
@@ -288,7 +290,7 @@ def prepare_rows(
     place = folder / "cache" if data.cache is True else Path(data.cache)
     job = CacheJob(
         folder=place,
-        key=content_key(cfg.model, family, reader, prep, dtype=data.cache_dtype, seed=cfg.seed, zeros=encoders.zeros),
+        key=content_key(encoders, reader, prep, dtype=data.cache_dtype, seed=cfg.seed),
         dtype=getattr(torch, data.cache_dtype),
         batch_size=data.encode_batch_size,
         seed=cfg.seed,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from diffalign.checks import context_of, method_name, reference_kind
+from diffalign.checks import context_of, method_name, reference_kind, text_dtype_of
 from diffalign.data.pairs import PairReader
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
@@ -166,12 +166,13 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False, pr
     denoiser = family.make_denoiser(shell, load_scheduler_config(cfg.model), cfg.timesteps, context_of(cfg, family))
     compared = reference_kind(cfg) != "none" and cfg.train.fixed_draws is None
     work = evaluations(cfg.method, denoiser, reference=compared)
-    inputs = encoding(cfg, family, pipeline_index(cfg.model, weights=False))
+    inputs = encoding(cfg, family, pipeline_index(cfg.model, weights=False), device=device)
     available = device_memory(device) if memory is None else memory
 
     def of(config: TrainConfig) -> Plan:
-        same = config.data.encode_batch_size == cfg.data.encode_batch_size
-        own = inputs if same else encoding(config, family, pipeline_index(cfg.model, weights=False))
+        kinds = [(c.data.encode_batch_size, text_dtype_of(c, device)) for c in (cfg, config)]
+        same = kinds[0] == kinds[1]
+        own = inputs if same else encoding(config, family, pipeline_index(cfg.model, weights=False), device=device)
         return _plan(config, family, own, work, device, available, many)
 
     first = of(cfg)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffalign import losses, recompute
 from diffalign.assemble import make_accelerator, make_optimizer, place_net
-from diffalign.checks import PRECISIONS, buckets_of, context_of, reference_kind, rounding_of
+from diffalign.checks import PRECISIONS, buckets_of, context_of, reference_kind, rounding_of, text_dtype_of
 from diffalign.counting import (
     Memory,
     autocast,
@@ -38,6 +38,7 @@ from diffalign.models.lora import add_lora, add_reference
 from diffalign.models.policy import cast_frozen, make_reference
 from diffalign.models.quantized import imitate, spared_bytes, swap_linears
 from diffalign.models.save import trainable
+from diffalign.models.text import in_float32, text_dtypes
 from diffalign.rng import SampleRng
 from diffalign.settings import TrainConfig
 from diffalign.sharding import gathered_bytes, group_sizes
@@ -102,15 +103,15 @@ class Rehearsal:
     """Of a sharded run, whose peaks are without weights and gradients: what is gathered at a time, and theirs."""
 
 
-def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Encoding:
-    """Runs VAE and text encoders of a `model_index.json` on fake tensors."""
+def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any], *, device: str = "cpu") -> Encoding:
+    """Runs VAE and text encoders of a `model_index.json` on fake tensors, as they run on a "cpu" or "cuda" device."""
     from diffusers import AutoencoderKL
 
     side = cfg.data.resolution or native_resolution(cfg.model, family)
     width, height = max(buckets_of(cfg, family), key=lambda size: (math.prod(size), -max(size)), default=(side, side))
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(load_vae_config(cfg.model)).eval().requires_grad_(False)
-    pipeline = _text_pipeline(cfg, family, index)
+    pipeline = _text_pipeline(cfg, family, index, text_dtype_of(cfg, device))
     texts = [part for name in family.text if isinstance(part := pipeline.components[name], nn.Module)]
     with torch.no_grad(), fake_mode():
         for net in (vae, *texts, pipeline.components[family.net]):
@@ -120,7 +121,7 @@ def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Enco
             found: list[Any] = []
             count = cfg.data.encode_batch_size
             flop = count_flop(lambda: found.append(_moments(vae, torch.empty(count, 3, height, width))))
-            prompt_flop = count_flop(lambda: found.append(family.encode_prompts(pipeline, ["a"])))
+            prompt_flop = count_flop(lambda: found.append(in_float32(family.encode_prompts(pipeline, ["a"]))))
     mean, cond = found
     return Encoding(
         latent=tuple(mean.shape[1:]),
@@ -138,7 +139,7 @@ def _moments(vae: Any, pixels: Tensor) -> Tensor:
     return torch.stack([posterior.mean, posterior.std])[0]
 
 
-def _text_pipeline(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Any:
+def _text_pipeline(cfg: TrainConfig, family: Family, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The pipeline with text encoders and denoiser on the meta device, and its tokenizers."""
     import diffusers
     import transformers
@@ -148,6 +149,7 @@ def _text_pipeline(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -
     parts: dict[str, Any] = dict.fromkeys(cls._get_signature_keys(cls)[0])
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_config(load_scheduler_config(cfg.model))
     parts[family.net] = bare_net(cfg, family)
+    narrow = text_dtypes(family, index, dtype)
     for name in family.text:
         library, class_name = index.get(name) or (None, None)
         if library is None or class_name is None:
@@ -156,7 +158,7 @@ def _text_pipeline(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -
         if issubclass(part, nn.Module):
             config = part.config_class.from_pretrained(subfolder=name, **place)
             with torch.device("meta"):
-                parts[name] = part(config).eval().requires_grad_(False)
+                parts[name] = part(config).eval().requires_grad_(False).to(narrow[name])
         else:
             parts[name] = part.from_pretrained(subfolder=name, **place)
     if "requires_safety_checker" in index:
