@@ -347,7 +347,7 @@ def measure(cfg: TrainConfig, family: Family, inputs: Encoding) -> Measured:
         replace(policy, net=prepared),
         None if reference is None else reference.denoiser,
         cfg.method,
-        _batches(cfg, inputs),
+        random_batches(cfg, inputs),
         optimizer,
         steps=4,
         max_grad_norm=cfg.train.max_grad_norm,
@@ -365,7 +365,7 @@ def measure(cfg: TrainConfig, family: Family, inputs: Encoding) -> Measured:
     )
 
 
-def _batches(cfg: TrainConfig, inputs: Encoding) -> Iterator[Batch]:
+def random_batches(cfg: TrainConfig, inputs: Encoding) -> Iterator[Batch]:
     """The same random latents for ever, each time with other noise."""
     rows = cfg.train.batch_size
     generator = torch.Generator().manual_seed(cfg.seed)

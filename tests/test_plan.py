@@ -26,7 +26,7 @@ from diffalign.models.lora import add_lora
 from diffalign.models.policy import load_policy
 from diffalign.models.save import trainable
 from diffalign.plan import CONTEXT, GIB, SPARE, Plan, optimizer_bytes, parse_memory, plan, planned_device
-from diffalign.rehearsal import Encoding, _batches, bare_net, encoding, rehearse
+from diffalign.rehearsal import Encoding, bare_net, encoding, random_batches, rehearse
 from diffalign.strict import apply_override
 from diffalign.train import run
 from diffalign.workload import Evaluations, evaluations
@@ -133,7 +133,7 @@ def real_step(cfg, inputs, policy):
         policy,
         None if kind == "none" else make_reference(policy, adapted=True, moves=kind == "ema").denoiser,
         cfg.method,
-        _batches(cfg, inputs),
+        random_batches(cfg, inputs),
         accelerator.prepare(make_optimizer(cfg, list(trainable(net).values()))),
         steps=3,
         accelerator=accelerator,

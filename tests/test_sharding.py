@@ -565,7 +565,7 @@ from diffalign.fit import fit
 from diffalign.models.load import load_net_config, load_scheduler_config, pipeline_index
 from diffalign.models.policy import make_reference, share_out
 from diffalign.models.save import trainable
-from diffalign.rehearsal import _batches, encoding
+from diffalign.rehearsal import encoding, random_batches
 from diffalign.sharding import local, mesh_of
 
 cfg = parse(json.loads(open(sys.argv[1]).read())[0])
@@ -579,7 +579,7 @@ dtype = torch.bfloat16 if cfg.train.precision == "bf16" else None
 reference = share_out(net, reference, mesh_of(accelerator.device, 2), blocks=SD.blocks, dtype=dtype)
 optimizer = accelerator.prepare(make_optimizer(cfg, list(trainable(net).values())))
 inputs = encoding(cfg, SD, pipeline_index(cfg.model, weights=False))
-steps = fit(policy, reference.denoiser, cfg.method, _batches(cfg, inputs), optimizer, steps=9, max_grad_norm=1.0,
+steps = fit(policy, reference.denoiser, cfg.method, random_batches(cfg, inputs), optimizer, steps=9, max_grad_norm=1.0,
             accelerator=accelerator)
 for _ in range(2):
     next(steps)
