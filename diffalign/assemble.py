@@ -9,7 +9,15 @@ import torch
 
 from diffalign import checkpoint as disk
 from diffalign import environment
-from diffalign.checks import REFERENCE_DECAY, check_batch, check_shard, context_of, reference_kind, rounding_of
+from diffalign.checks import (
+    REFERENCE_DECAY,
+    check_batch,
+    check_shard,
+    context_of,
+    reference_kind,
+    rounding_of,
+    text_dtype_of,
+)
 from diffalign.config import dump
 from diffalign.data.batches import Collator
 from diffalign.data.cache import Share
@@ -170,6 +178,7 @@ def make_rounds(
         adapted=cfg.train.trainable == "lora",
         device=accelerator.device,
         offload=cfg.train.offload,
+        text_dtype=text_dtype_of(cfg, accelerator.device.type),
     )
     check_work(cfg, settings, online.walk, share.of)
     return online

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.checks import buckets_of, context_of
+from diffalign.checks import buckets_of, context_of, text_dtype_of
 from diffalign.counting import Memory, count_flop, fake_mode, make_fake, net_bytes
 from diffalign.denoisers import Family
 from diffalign.models.load import home, load_net_config, load_scheduler_config, load_vae_config, native_resolution
+from diffalign.models.text import in_float32, text_dtypes
 from diffalign.settings import TrainConfig
 
 
@@ -47,11 +48,11 @@ class Encoding:
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.cond.values())
 
 
-def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Encoding:
-    """Runs VAE and text encoders of a `model_index.json` on fake tensors."""
+def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any], *, device: str = "cpu") -> Encoding:
+    """Runs VAE and text encoders of a `model_index.json` on fake tensors, as they run on a "cpu" or "cuda" device."""
     own, context = cfg.online, context_of(cfg, family)
     vae = bare_vae(cfg)
-    pipeline = _text_pipeline(cfg, family, index)
+    pipeline = _text_pipeline(cfg, family, index, text_dtype_of(cfg, device))
     texts = [part for name in family.text if isinstance(part := pipeline.components[name], nn.Module)]
     count = cfg.data.encode_batch_size if own is None else own.batch_size
     prompts = ["a"] * (1 if own is None else own.prompts + 1)
@@ -73,7 +74,7 @@ def encoding(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Enco
             sample_bytes = 0 if own is None else width_of_sample * made[0][0].numel()
             made.clear()
             cond: list[Any] = []
-            prompt_flop = count_flop(lambda: cond.append(family.encode_prompts(pipeline, prompts, context)))
+            prompt_flop = count_flop(lambda: cond.append(in_float32(family.encode_prompts(pipeline, prompts, context))))
     return Encoding(
         latent=latent,
         cond={name: (tuple(t.shape[1:]), t.dtype) for name, t in cond[0].tensors.items()},
@@ -115,7 +116,7 @@ def _moments(vae: Any, pixels: Tensor) -> Tensor:
     return torch.stack([posterior.mean, posterior.std])[0]
 
 
-def _text_pipeline(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -> Any:
+def _text_pipeline(cfg: TrainConfig, family: Family, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """The pipeline with text encoders and denoiser on the meta device, and its tokenizers."""
     import diffusers
 
@@ -124,10 +125,12 @@ def _text_pipeline(cfg: TrainConfig, family: Family, index: Mapping[str, Any]) -
     parts: dict[str, Any] = dict.fromkeys(cls._get_signature_keys(cls)[0])
     parts["scheduler"] = getattr(diffusers, index["scheduler"][1]).from_config(load_scheduler_config(cfg.model))
     parts[family.net] = bare_net(cfg, family)
+    narrow = text_dtypes(family, index, dtype)
     for name in family.text:
         library, class_name = index.get(name) or (None, None)
         if library is not None and class_name is not None:
-            parts[name] = _bare_part(library, class_name, {**place, "subfolder": name})
+            part = _bare_part(library, class_name, {**place, "subfolder": name})
+            parts[name] = part.to(narrow[name]) if name in narrow else part
     if "requires_safety_checker" in index:
         parts["requires_safety_checker"] = False
     return cls(**parts)

@@ -30,6 +30,13 @@ def method_name(method: Method) -> str:
     return next(name for name, cls in METHODS.items() if isinstance(method, cls))
 
 
+def text_dtype_of(config: TrainConfig, device: str) -> torch.dtype:
+    """What text encoders run in on "cpu" or "cuda"; where float16 is too narrow, they take bfloat16 in its place."""
+    if config.data.text_encoder_dtype != "auto":
+        return torch.bfloat16 if config.data.text_encoder_dtype == "bfloat16" else torch.float32
+    return (PRECISIONS[config.train.precision] if device == "cuda" else None) or torch.float32
+
+
 def rounding_of(config: TrainConfig, device: torch.device) -> Rounding | None:
     """How the frozen network is rounded; None where it is not."""
     bits = config.train.quantize

@@ -11,7 +11,7 @@ from diffalign.sampling.walk import KernelWalk
 from diffalign.settings import DataSettings, TrainConfig
 from diffalign.types import OnlineMethod
 
-_READ = ("path", "limit", "resolution", "seconds", "empty_prompt", "encode_batch_size")
+_READ = ("path", "limit", "resolution", "seconds", "empty_prompt", "encode_batch_size", "text_encoder_dtype")
 """Keys of [data] that mean something where data are prompts."""
 _NOT_REAL = (
     *("buckets", "bucket_step", "bucket_min", "bucket_max", "sizes", "seconds"),

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from diffalign.bare import Encoding, bare_net, encoding
-from diffalign.checks import context_of, method_name, reference_kind
+from diffalign.checks import context_of, method_name, reference_kind, text_dtype_of
 from diffalign.costs import Disk, Work, disk_of, flop_of, source_of
 from diffalign.denoisers import Family
 from diffalign.errors import InputError
@@ -149,12 +149,13 @@ def plan(cfg: TrainConfig, *, memory: int | None = None, timed: bool = False, pr
     else:
         work = own_evaluations(cfg, denoiser, walk, reference=compared)
         round_work(cfg, walk, work, many)  # before anything else is run: whether rounds come out even
-    inputs = encoding(cfg, family, pipeline_index(cfg.model, weights=False))
+    inputs = encoding(cfg, family, pipeline_index(cfg.model, weights=False), device=device)
     available = device_memory(device) if memory is None else memory
 
     def of(config: TrainConfig) -> Plan:
-        same = config.data.encode_batch_size == cfg.data.encode_batch_size and config.online == cfg.online
-        own = inputs if same else encoding(config, family, pipeline_index(cfg.model, weights=False))
+        kinds = [(c.data.encode_batch_size, c.online, text_dtype_of(c, device)) for c in (cfg, config)]
+        same = kinds[0] == kinds[1]
+        own = inputs if same else encoding(config, family, pipeline_index(cfg.model, weights=False), device=device)
         return _plan(config, family, own, work, walk, device, available, many)
 
     first = of(cfg)

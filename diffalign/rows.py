@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from diffalign.checks import buckets_of, context_of, method_name
+from diffalign.checks import buckets_of, context_of, method_name, text_dtype_of
 from diffalign.data.batches import Collator, Rows
 from diffalign.data.buckets import check_filled
 from diffalign.data.cache import Share
@@ -62,8 +62,14 @@ def prepare_rows(
         sizes=data.sizes == "original",
         buckets=buckets_of(cfg, family),
     )
-    zeros, offload = data.empty_prompt == "zeros", cfg.train.offload
-    encoders = Encoders(cfg.model, family, accelerator.device, zeros=zeros, offload=offload)
+    encoders = Encoders(
+        cfg.model,
+        family,
+        accelerator.device,
+        zeros=data.empty_prompt == "zeros",
+        offload=cfg.train.offload,
+        text_dtype=text_dtype_of(cfg, accelerator.device.type),
+    )
     fraction = 0.0 if cfg.validation is None else cfg.validation.fraction
     limit = 0 if cfg.validation is None else cfg.validation.pairs
     if data.cache is False:
@@ -75,7 +81,7 @@ def prepare_rows(
     place = folder / "cache" if data.cache is True else Path(data.cache)
     job = CacheJob(
         folder=place,
-        key=content_key(cfg.model, family, reader, prep, dtype=data.cache_dtype, seed=cfg.seed, zeros=encoders.zeros),
+        key=content_key(encoders, reader, prep, dtype=data.cache_dtype, seed=cfg.seed),
         dtype=getattr(torch, data.cache_dtype),
         batch_size=data.encode_batch_size,
         seed=cfg.seed,

@@ -58,6 +58,9 @@ class DataSettings(PairSource):
     """How VAE moments are stored."""
     encode_batch_size: int = 8
     """Images or prompts that are encoded at a time."""
+    text_encoder_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What text encoders are stored and run in; what they say is kept as float32. "auto" is the type of train.precision
+    on a GPU, where float16 is for CLIP alone (T5 and Gemma leave its range and take bfloat16), and float32 on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

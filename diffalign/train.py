@@ -70,7 +70,21 @@ def run(cfg: TrainConfig) -> RunResult:
             raise RunError(
                 f"{parts.accelerator.device} is out of memory after the checkpoint of step {last}; {remedy(cfg)}"
             ) from error
+        except compiler_errors(cfg) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"the network could not be compiled: {reason}; train.compile=false trains without"
+            ) from error
     return export(parts)
+
+
+def compiler_errors(cfg: TrainConfig) -> tuple[type[Exception], ...]:
+    """What PyTorch raises where it cannot compile a network; nothing where the config compiles none."""
+    if not cfg.train.compile:
+        return ()
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
 
 
 def train(parts: Parts, book: Logbook) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import diffalign
-from diffalign import environment
+from diffalign import environment, recompute
 from diffalign.bare import bare_net, encoding
 from diffalign.checks import reference_kind
 from diffalign.config import load, parse
+from diffalign.counting import saved_bytes
 from diffalign.denoisers import FAMILIES
 from diffalign.errors import InputError
 from diffalign.fixed_draws import digest_of
@@ -36,6 +37,7 @@ from diffalign.rng import SampleRng
 from diffalign.types import Cond, PairBatch
 from diffalign.workload import evaluations
 from tests import worlds
+from tests.test_lora import grow
 from tests.test_plan import check_memory
 from tests.test_train import config, metrics, reloaded, same, weights
 
@@ -269,6 +271,29 @@ def test_channels_last_and_checkpointing_change_nothing_but_memory(world, bits):
     batch = pairs_for(plain, world, "sd")
     tolerance = {"8bit": 2e-3, "4bit": 1e-4}[bits]  # other kernels move an input a little, and int8 by a whole level
     torch.testing.assert_close(predicted(plain, batch), predicted(changed, batch), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMSNorm under autocast
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_selective_recompute_on_rounded_weights_is_the_same_to_the_last_bit(world, name, bits, dtype):
+    policy = policy_of(world, name, bits, dtype)
+    grow(policy.net)
+    batch, found = pairs_for(policy, world, name), []
+    for kind in (False, "selective"):
+        recompute.use(policy.net, kind)
+        policy.net.zero_grad()
+        own = [*policy.net.parameters(), *policy.net.buffers(), *scales(policy.net)]
+        with saved_bytes(own) as kept, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = predicted(policy, batch)
+        out.square().mean().backward()
+        found.append((out.detach(), {n: p.grad.clone() for n, p in trainable(policy.net).items()}, kept()))
+    (plain, grads, all_of_it), (again, same_grads, less) = found
+    assert torch.equal(plain, again)
+    assert all(torch.equal(grads[n], g) for n, g in same_grads.items())
+    assert sum(float(g.abs().sum()) for g in grads.values()) > 0
+    assert less < all_of_it
 
 
 def test_fixed_draws_of_other_weights_are_other_draws(world):

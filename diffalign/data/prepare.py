@@ -24,6 +24,7 @@ from diffalign.denoisers.family import PLAIN
 from diffalign.errors import InputError
 from diffalign.models.load import ModelSource, home, load_net_config, load_pipeline, load_vae_config
 from diffalign.models.offload import Turns
+from diffalign.models.text import in_float32
 from diffalign.paths import broadcast
 from diffalign.progress import bar
 from diffalign.shipped import MODELS, resolve
@@ -52,19 +53,22 @@ class Encoders:
         zeros: bool = False,
         offload: bool = False,
         context: Context = PLAIN,
+        text_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Networks are float32, as SDXL's VAE must be.
+        """The VAE is float32, as SDXL's must be.
 
         Args:
             zeros: The conditions of an empty prompt are zeros.
             offload: One network at a time is on the device, and none after `rest`.
             context: How large what is made is, for families that tell it with the prompt.
+            text_dtype: Of text encoders, as `models.text.text_dtypes` has it; what they say comes back as float32.
         """
         self.source = source
         self.family = family
         self.device = device
         self.zeros = zeros
         self.context = context
+        self.text_dtype = text_dtype
         self._parts: dict[str, Any] = {}
         self._turns = Turns(device) if offload else None
 
@@ -84,8 +88,9 @@ class Encoders:
         return self.family.decode(vae, x_0.to(self.device) / scale.scale + scale.shift, self.context)
 
     def prompts(self, texts: Sequence[str]) -> Cond:
-        """Conditions of prompts, on the CPU."""
-        cond = self.family.encode_prompts(self._part("text", self.family.text), texts, self.context).to("cpu")
+        """Conditions of prompts, on the CPU and in float32."""
+        cond = in_float32(self.family.encode_prompts(self._part("text", self.family.text), texts, self.context))
+        cond = cond.to("cpu")
         if not self.zeros:
             return cond
         kept = torch.tensor([text != "" for text in texts])
@@ -106,7 +111,7 @@ class Encoders:
 
     def _part(self, name: str, components: Sequence[str]) -> Any:
         if name not in self._parts:
-            pipeline = load_pipeline(self.source, only=components)
+            pipeline = load_pipeline(self.source, only=components, text_dtype=self.text_dtype)
             if self._turns is None:
                 pipeline.to(self.device)
             else:
@@ -141,16 +146,10 @@ def check_conditions(family: Family, *, empty_prompt: str, sizes: str) -> None:
 
 
 def content_key(
-    source: ModelSource,
-    family: Family,
-    reader: PairReader,
-    prep: Preprocessing,
-    *,
-    dtype: str,
-    seed: int,
-    zeros: bool = False,
+    encoders: Encoders, reader: PairReader, prep: Preprocessing, *, dtype: str, seed: int
 ) -> dict[str, Any]:
     """Everything that the content of a cache depends on, by name."""
+    source, family = encoders.source, encoders.family
     random = prep.flip or prep.crop == "random"
     where, place = home(source)
     return {
@@ -167,7 +166,8 @@ def content_key(
         "seed": seed if random else None,
         **({"config": fingerprint(place, source.revision, ("vae", *family.text))} if where == "model.config" else {}),
         **{name: load_net_config(source, family)[name] for name in family.text_depends_on},
-        **({"empty_prompt": "zeros"} if zeros else {}),
+        **({"empty_prompt": "zeros"} if encoders.zeros else {}),
+        **({} if encoders.text_dtype == torch.float32 else {"text_encoder_dtype": str(encoders.text_dtype)[6:]}),
         **({"sizes": "original"} if prep.sizes else {}),
         **({"buckets": prep.names} if prep.buckets else {}),
         "dtype": dtype,

@@ -19,6 +19,7 @@ from diffalign.models.denoiser import find_denoiser
 from diffalign.models.lora import adapter_layers
 from diffalign.models.reading import check_weights, one_line, refuse_pickle
 from diffalign.models.single_file import guess_home, is_single_file, load_parts
+from diffalign.models.text import text_dtypes
 from diffalign.shipped import MODELS, resolve
 
 NOT_FOR_IMAGES = {"safety_checker", "feature_extractor", "image_encoder"}
@@ -105,13 +106,20 @@ def detect_family(source: ModelSource, *, weights: bool = True) -> Family:
     raise InputError(f"model.path must be a pipeline of a known family, got {name!r}; known families: {known}")
 
 
-def load_pipeline(source: ModelSource, *, only: Sequence[str] | None = None, net: nn.Module | None = None) -> Any:
-    """The Diffusers pipeline, in eval mode and with float32 weights.
+def load_pipeline(
+    source: ModelSource,
+    *,
+    only: Sequence[str] | None = None,
+    net: nn.Module | None = None,
+    text_dtype: torch.dtype = torch.float32,
+) -> Any:
+    """The Diffusers pipeline, in eval mode and with float32 weights but for its text encoders'.
 
     Args:
         source: Its `vae`, `denoiser` and `lora` are in place of, or on top of, the pipeline's own.
         only: Components that are loaded, beside the scheduler; None loads all that images are made with.
         net: A denoiser that takes its place in the pipeline as it is, instead of a loaded one.
+        text_dtype: Of text encoders, as `text_dtypes` has it.
     """
     from diffusers import DiffusionPipeline
 
@@ -126,6 +134,7 @@ def load_pipeline(source: ModelSource, *, only: Sequence[str] | None = None, net
         parts[family.net] = load_net(source, family)
     if net is not None:
         parts[family.net] = net
+    narrow = {name: kind for name, kind in text_dtypes(family, index, text_dtype).items() if name in wanted}
     where, place = home(source)
     if is_single_file(source.path):
         parts |= _from_file(source, family, [name for name in family.in_file if name in wanted and name not in parts])
@@ -135,15 +144,17 @@ def load_pipeline(source: ModelSource, *, only: Sequence[str] | None = None, net
             revision=source.revision,
             variant=source.variant,
             use_safetensors=True,
-            dtype=torch.float32,
+            dtype={"default": torch.float32, **narrow},
             **parts,
             **({"requires_safety_checker": False} if "requires_safety_checker" in index else {}),
         )
     if net is None and source.lora is not None and family.net in wanted:
         load_lora_into(pipeline, family, source.lora)
-    for component in pipeline.components.values():
+    for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and component is not net:
             component.eval().requires_grad_(False)
+        if name in narrow:  # one that came in a single file is float32 still
+            nn.Module.to(component, narrow[name])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

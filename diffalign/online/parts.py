@@ -64,6 +64,7 @@ def make_online(
     adapted: bool,
     device: torch.device,
     offload: bool = False,
+    text_dtype: torch.dtype = torch.float32,
 ) -> OnlineParts:
     """The parts of an online run.
 
@@ -79,7 +80,7 @@ def make_online(
     return OnlineParts(
         settings=settings,
         prompts=prompts,
-        encoders=Encoders(source, family, device, zeros=zeros, offload=offload, context=context),
+        encoders=Encoders(source, family, device, zeros=zeros, offload=offload, context=context, text_dtype=text_dtype),
         scale=vae_scale(source),
         medium=medium,
         judges=None if settings.by_people else load_judges(settings, medium),
