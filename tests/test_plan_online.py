@@ -179,7 +179,7 @@ def rehearsed(cfg, family, inputs):
     ],
 )
 def test_memory_of_training_is_what_a_real_step_holds(name, changes):
-    cfg = small(name, *changes)
+    cfg = small(name, "train.accumulate=1", *changes)  # one micro-batch: no gradients are held before it
     family = detect_family(cfg.model)
     inputs = encoding(cfg, family, pipeline_index(cfg.model, weights=False))
     r, _ = rehearsed(cfg, family, inputs)
