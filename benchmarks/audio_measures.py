@@ -173,19 +173,12 @@ class Ear:
     def set_changes(
         self, arm: Waves, base: Waves, *, resamples: int = online_measures.RESAMPLES
     ) -> dict[str, dict[str, float]]:
-        """By number of sets: both sets' own, the change, and its paired 95 % interval over captions.
-
-        The interval is that of the basic bootstrap: a set with captions that were drawn twice is further from the
-        reference, by more where it is spread wider, and reflecting the draws takes off what that does to a change.
-        """
+        """By number of sets: both sets' own, the change, and its paired 95 % interval over captions."""
         mine, theirs = self.embed(arm), self.embed(base)
         found: dict[str, dict[str, float]] = {}
         for of, numbers in self.numbers().items():
             found |= online_measures.set_changes(mine[of], theirs[of], numbers, resamples=resamples)
-        return {
-            name: one | {"low": 2 * one["change"] - one["high"], "high": 2 * one["change"] - one["low"]}
-            for name, one in found.items()
-        }
+        return {name: basic(one) for name, one in found.items()}
 
     def look(self, place: Path, entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """What is said of the clips of a round."""
@@ -193,6 +186,16 @@ class Ear:
         scores, _ = self.judge(clips, [entry["prompt"] for entry in entries])
         seen = {name: float(np.mean(values)) for name, values in scores.items()}
         return {name: round(value, 6) for name, value in (self.sets(clips) | seen).items() if name in LOOKED}
+
+
+def basic(found: Mapping[str, float]) -> dict[str, float]:
+    """A change with the interval of the basic bootstrap in the place of its percentiles.
+
+    A set with captions that were drawn twice is further from the reference, by more where it is spread wider;
+    reflecting the draws at the change takes off what that does to it.
+    """
+    change, low, high = (found[name] for name in ("change", "low", "high"))
+    return {**found, "low": 2 * change - high, "high": 2 * change - low}
 
 
 @torch.no_grad()

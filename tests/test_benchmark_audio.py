@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import audio, audio_measures, audio_runs, audio_table, method_runs
+from benchmarks import audio, audio_measures, audio_runs, audio_table, method_runs, online_measures
 from benchmarks.audio_measures import LOOKED, SCORED, SETS, Ear
 from benchmarks.audio_runs import AudioCell
 from benchmarks.method_measures import TRIAL_SEED
 from diffalign.data.sounds import wav
 from diffalign.errors import InputError
 from diffalign.paths import FlowPath
+from diffalign.rewards.gaussians import Gaussian, frechet_distance
 from diffalign.tiny import playing, sounds
 from diffalign.types import Cond
 from tests import worlds
@@ -180,6 +181,25 @@ def test_an_ear_hears_which_set_is_nearer_and_by_how_much(small):
     assert all(len(values) == 16 for values in [*judged.values(), *attributes.values()])
     assert "silent" not in attributes
     assert max(judged["per_clip"]) < 0
+
+
+def test_an_interval_is_reflected_at_the_change():
+    found = audio_measures.basic({"value": 1.0, "base": 2.0, "change": -1.0, "low": -1.5, "high": -0.8})
+    assert found == pytest.approx({"value": 1.0, "base": 2.0, "change": -1.0, "low": -1.2, "high": -0.5})
+
+
+def test_resampled_sets_are_further_away_and_their_reflected_change_is_not():
+    """Two sets of one distance, one of them in a wider space: percentiles lean to it, the basic interval does not."""
+    rng = torch.Generator().manual_seed(0)
+    narrow, wide = torch.randn(60, 1, generator=rng), torch.randn(60, 12, generator=rng)
+    reference = Gaussian(mean=torch.zeros(12), covariance=torch.eye(12))
+    arm, base = torch.cat([narrow, torch.zeros(60, 11)], dim=1), wide
+    numbers = {"fad": lambda rows: float(frechet_distance(rows, reference))}
+    found = online_measures.set_changes(arm, base, numbers, resamples=60)["fad"]
+    middle = (found["low"] + found["high"]) / 2
+    assert middle < found["change"]  # the base, spread wider, is thrown further back
+    reflected = audio_measures.basic(found)
+    assert (reflected["low"] + reflected["high"]) / 2 > found["change"]
 
 
 def test_a_round_is_looked_at_as_a_set_is_measured(small, tmp_path):
