@@ -38,6 +38,15 @@ DEMO = (
     "--guidance 2.0 --images-per-prompt 1 --out runs/demo",
 )
 """What the demo does, as commands."""
+SOUND_DEMO = (
+    "python -m diffalign.tiny sounds --out runs/demo-sounds --count 256 --seed 20",
+    "diffalign train tiny_audio_dragon output=runs/demo-audio resume=latest online.set_reference=runs/demo-sounds "
+    "train.steps=24",
+    "diffalign evaluate tiny-audio runs/demo-audio --prompts tiny-sounds --seconds 1.536 --reward fad:clap:tiny-clap "
+    "--reward fad:log_mel --reference runs/demo-sounds --reward sound_oracle --reward clap:tiny-clap --steps 10 "
+    "--guidance 3.0 --images-per-prompt 1 --out runs/demo-audio",
+)
+"""What the demo of sounds does: the clips of the first line are what the model's own are to become more like."""
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Rewards = Annotated[list[str], typer.Option("--reward", help="NAME, NAME:MODEL or package.module:object; repeat it.")]
@@ -298,11 +307,21 @@ def list_() -> None:
 
 
 @app.command()
-def demo() -> None:
-    """Align the shipped tiny model, evaluate it, and print the commands that do it."""
-    for command in DEMO:
+def demo(
+    audio: Annotated[bool, typer.Option("--audio", help="Clips of sound in the place of images.")] = False,
+) -> None:
+    """Align a shipped tiny model, evaluate it, and print the commands that do it."""
+    from diffalign.tiny.__main__ import main as tiny
+    from diffalign.tiny.exemplars import is_written
+
+    for command in SOUND_DEMO if audio else DEMO:
         out.print(f"\n[bold]$ {command}[/bold]", highlight=False)
-        COMMAND[:] = shlex.split(command)[1:]
+        program, *words = shlex.split(command)
+        if program != "diffalign":
+            if not is_written(Path(words[words.index("--out") + 1])):
+                tiny(words[2:])
+            continue
+        COMMAND[:] = words
         app(list(COMMAND), standalone_mode=False)
 
 

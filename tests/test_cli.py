@@ -315,7 +315,7 @@ def test_the_command_line_has_not_changed():
     group = typer.main.get_command(cli.app)
     made = ["batch_size", "device", "guidance", "images_per_prompt", "limit", "out_dir", "prompts", "steps"]
     assert words(group) == {
-        "demo": [],
+        "demo": ["audio"],
         "env": [],
         "evaluate": sorted(
             [
