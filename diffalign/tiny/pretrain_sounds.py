@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int
+from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor, nn
 
 from diffalign.progress import over
@@ -79,18 +79,25 @@ def bands_of(waves: Float[Tensor, "b s"]) -> Float[Tensor, "b f m"]:
     return (_spectra(waves) @ filters / FRAME + 3e-3).log().float()
 
 
-def in_phase(waves: Float[Tensor, "b s"]) -> Float[Tensor, "b s"]:
-    """Clips of the same frames, each of which begins its tones anew: nearly in phase in the middle of the frame.
+def in_phase(waves: Float[Tensor, "b s"], tonal: Bool[Tensor, " b"]) -> Float[Tensor, "b s"]:
+    """Clips of the same magnitudes whose phases are nobody's choice, so that a code of magnitudes can be played.
 
-    The magnitudes of a spectrum, put back together without its phases, are the windowed frame as a sum of cosines;
-    divided by the window they are the frame. Higher tones come a little later, up to 5 ms at 8 kHz, so that the sum is
-    less peaked. The phase of a frame then follows from its magnitudes, and a code of those alone can be played.
+    The magnitudes of a frame's spectrum, put back together without its phases, are the windowed frame as a sum of
+    cosines in phase in its middle; divided by the window they are the frame of a tone. Higher tones come a little
+    later, up to 5 ms at 8 kHz, so that the sum is less peaked. Noise in phase would be a click: its phases are drawn
+    once for all frames, which spreads it evenly over the length of the transform.
     """
     place = torch.arange(_FFT // 2 + 1, dtype=torch.float64) / _FFT
-    turned = torch.fft.irfft(_spectra(waves) * torch.exp(-160j * math.pi * place**2), n=_FFT)
+    drawn = torch.rand(len(place), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     time = torch.arange(-FRAME // 2, FRAME // 2)
     window = 0.5 + 0.5 * torch.cos(math.pi * time.double() / FRAME)
-    return (turned[..., time] / window).flatten(1).float()
+    spread = (0.375 * 2 * FRAME / _FFT) ** 0.5  # 0.375 is the mean square of the window
+    spectra = _spectra(waves)
+    tones, noise = (
+        torch.fft.irfft(spectra * torch.exp(-1j * math.pi * turn), n=_FFT)[..., time] / level
+        for turn, level in ((160 * place**2, window), (2 * drawn, spread))
+    )
+    return torch.where(tonal[:, None, None], tones, noise).flatten(1).float()
 
 
 def _spectra(waves: Float[Tensor, "b s"]) -> Float64[Tensor, "b f n"]:
@@ -116,8 +123,8 @@ def make_code(clips: Clips) -> Code:
 def train_autoencoder(clips: Clips, code: Code, *, steps: int = 3000, batch_size: int = 16, seed: int = 5) -> Any:
     """An `AutoencoderSAME` of 24 numbers for every 32 ms.
 
-    Its encoder learns to write the code, its decoder to play it, in phase. A little noise on the code makes it bear
-    with the errors of the encoder and of a model of latents.
+    Its encoder learns to write the code, its decoder to play it, in phase and with the magnitudes of the clip. A little
+    noise on the code makes it bear with the errors of the encoder and of a model of latents.
     """
     from diffusers import AutoencoderSAME
 
@@ -140,9 +147,10 @@ def train_autoencoder(clips: Clips, code: Code, *, steps: int = 3000, batch_size
     with torch.no_grad():
         net(torch.zeros(1, 1, FRAME))  # the products of weight_norm, without a graph: so the network can be copied
     waves = torch.from_numpy(clips.waves)
-    codes, targets = (
-        torch.cat([make(waves[i : i + 64]) for i in range(0, len(waves), 64)]) for make in (code.of, in_phase)
-    )
+    tonal = torch.tensor([bool(sounds.TIMBRES[sounds.parse(caption).timbre]) for caption in clips.captions])
+    starts = range(0, len(waves), 64)
+    codes = torch.cat([code.of(waves[i : i + 64]) for i in starts])
+    targets = torch.cat([in_phase(waves[i : i + 64], tonal[i : i + 64]) for i in starts])
     level = waves.square().mean(1, keepdim=True).sqrt()
     frames = codes.shape[2] // 4
 
@@ -158,7 +166,8 @@ def train_autoencoder(clips: Clips, code: Code, *, steps: int = 3000, batch_size
         with torch.autocast("cpu", dtype=torch.bfloat16):
             written = net.encode((x * level[rows])[:, None]).latents.float()
             played = net.decode(z + 0.1 * torch.randn(z.shape, generator=rng)).sample[:, 0].float() / level[rows]
-        return (written - z).square().mean() + (played - y).square().mean() + 0.3 * _unlike(y, played, 1024)
+        unlike = torch.stack([_unlike(x, played, window) for window in (256, 512, 1024)]).mean()
+        return (written - z).square().mean() + (played - y).square().mean() + 0.5 * unlike
 
     return descend([net], loss, steps=steps, lr=2e-3, seed=seed, name="tiny sound autoencoder")[0]
 
@@ -242,8 +251,8 @@ def train_clap(
         spec_size=BANDS,
         depths=[2, 2],
         num_attention_heads=[2, 4],
-        patch_embeds_hidden_size=48,
-        hidden_size=96,
+        patch_embeds_hidden_size=32,
+        hidden_size=64,
         num_hidden_layers=2,
         projection_dim=64,
         hidden_dropout_prob=0.0,
@@ -251,7 +260,7 @@ def train_clap(
     text = ClapTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         intermediate_size=192,
         max_position_embeddings=TEXT_LENGTH + 2,  # places are counted from the padding's id on
