@@ -16,7 +16,7 @@ def make_sound_vae(out: Path) -> None:
 
 
 def make_clap(out: Path) -> None:
-    clips = pretrain_sounds.draw(6000, seed=73, split="train", care=None)
+    clips = pretrain_sounds.draw(4000, seed=73, split="train", care=None)
     tokenizer, extractor = pretrain_sounds.make_roberta_tokenizer(clips.captions), pretrain_sounds.make_extractor()
     clap = pretrain_sounds.train_clap(clips, tokenizer, extractor)
     for part in (clap, tokenizer, extractor):

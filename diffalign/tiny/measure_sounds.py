@@ -39,21 +39,21 @@ def measure(out: Path) -> dict[str, Any]:
     return {
         "autoencoder": autoencoder_quality(out),
         "clap": clap_quality(out),
-        "audio": {"steps": STEPS, "guidance": GUIDANCE, **base},
+        "audio": {"clips": len(prompts["held_out"]), "steps": STEPS, "guidance": GUIDANCE, **base},
     }
 
 
 @torch.no_grad()
-def autoencoder_quality(out: Path, count: int = 512) -> dict[str, Any]:
-    """What the ear hears of reconstructions of exact held-out clips, and of a code that no encoder wrote."""
+def autoencoder_quality(out: Path, count: int = 256) -> dict[str, Any]:
+    """What the ear hears of exact held-out clips, and of what the autoencoder makes of them."""
     vae = load_sound_vae(out)
     clips = pretrain_sounds.draw(count, seed=96, split="held_out", care=None)
     waves = torch.from_numpy(clips.waves)[:, None]
     made = [vae(part).sample[:, 0].clamp(-1, 1) for part in over(waves.split(64), "reconstructing", -(-count // 64))]
-    return {"clips": count, "clean": heard(waves[:, 0], clips.captions), **heard(torch.cat(made), clips.captions)}
+    return {"clips": count, **heard(torch.cat(made), clips.captions), "clean": heard(waves[:, 0], clips.captions)}
 
 
-def clap_quality(out: Path, count: int = 1024) -> dict[str, float]:
+def clap_quality(out: Path, count: int = 512) -> dict[str, float]:
     """Share of clips whose own caption is the nearest of 32 of other sounds, on held-out captions."""
     clips = pretrain_sounds.draw(count, seed=97, split="held_out", care=None)
     encoder = CLAPEncoder(str(out / "clap"), batch_size=64)

@@ -120,7 +120,7 @@ def make_code(clips: Clips) -> Code:
     return Code(mean, axes * (variance**-0.25 / variance.sqrt().mean().sqrt()))
 
 
-def train_autoencoder(clips: Clips, code: Code, *, steps: int = 3000, batch_size: int = 16, seed: int = 5) -> Any:
+def train_autoencoder(clips: Clips, code: Code, *, steps: int = 3500, batch_size: int = 16, seed: int = 5) -> Any:
     """An `AutoencoderSAME` of 24 numbers for every 32 ms.
 
     Its encoder learns to write the code, its decoder to play it, in phase and with the magnitudes of the clip. A little
@@ -239,7 +239,7 @@ def make_extractor() -> Any:
 
 
 def train_clap(
-    clips: Clips, tokenizer: Any, extractor: Any, *, steps: int = 800, batch_size: int = 96, seed: int = 6
+    clips: Clips, tokenizer: Any, extractor: Any, *, steps: int = 500, batch_size: int = 64, seed: int = 6
 ) -> Any:
     """A `ClapModel` trained contrastively: a Swin transformer of two stages hears the bands, RoBERTa reads."""
     from transformers import ClapAudioConfig, ClapConfig, ClapModel, ClapTextConfig
