@@ -41,7 +41,7 @@ DEMO = (
 SOUND_DEMO = (
     "python -m diffalign.tiny sounds --out runs/demo-sounds --count 256 --seed 20",
     "diffalign train tiny_audio_dragon output=runs/demo-audio resume=latest online.set_reference=runs/demo-sounds "
-    "train.steps=24",
+    "train.steps=40 checkpoint.every=40",
     "diffalign evaluate tiny-audio runs/demo-audio --prompts tiny-sounds --seconds 1.536 --reward fad:clap:tiny-clap "
     "--reward fad:log_mel --reference runs/demo-sounds --reward sound_oracle --reward clap:tiny-clap --steps 10 "
     "--guidance 3.0 --images-per-prompt 1 --out runs/demo-audio",

@@ -135,8 +135,8 @@ def test_the_demo_of_sounds_goes_its_whole_road_and_goes_on_where_it_is_done(wor
     monkeypatch.setitem(shipped.MODELS, "tiny-clap", str(tmp_path / "clap"))
     smaller = {
         "--count 256": "--count 8",
-        "train.steps=24": "train.steps=2 train.batch_size=2 online.prompts=2 online.group=2 online.updates=1 "
-        "online.steps=2 lora.rank=2",
+        "train.steps=40 checkpoint.every=40": "train.steps=2 train.batch_size=2 online.prompts=2 online.group=2 "
+        "online.updates=1 online.steps=2 lora.rank=2",
         "--prompts tiny-sounds": "--prompts tiny-sounds --limit 8",
         "--steps 10": "--steps 2",
     }
