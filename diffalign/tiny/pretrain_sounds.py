@@ -298,7 +298,7 @@ class Latents:
 
 
 def train_transformer(
-    latents: Latents, words: int, *, steps: int = 2400, batch_size: int = 16, seed: int = 7
+    latents: Latents, words: int, *, steps: int = 5000, batch_size: int = 16, seed: int = 7
 ) -> tuple[Any, Any, Any]:
     """(transformer, text encoder, embedder of the length), learned together by flow matching.
 
