@@ -9,7 +9,7 @@ JOBS ?= 2
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: demo install install-dev test test-slow lint format bench bench-rewards bench-methods bench-online clean
+.PHONY: demo install install-dev test test-slow lint format bench bench-rewards bench-methods bench-online bench-audio clean
 
 demo: install
 	$(BIN)/diffalign demo
@@ -61,6 +61,10 @@ bench-methods: install-dev
 # hours too, and goes on as bench-methods does
 bench-online: install-dev
 	$(BIN)/python -m benchmarks.online
+
+# DRAGON on sounds; goes on as the others do
+bench-audio: install-dev
+	$(BIN)/python -m benchmarks.audio
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -85,6 +85,14 @@ class Planned(Protocol):
     @property
     def file(self) -> Path: ...
 
+    def exists(self) -> bool:
+        """Whether the model has a config of the row."""
+        ...
+
+    def settings(self) -> TrainConfig:
+        """The config of the run, before its folders are filled in."""
+        ...
+
     def described(self) -> dict[str, Any]:
         """Everything that the result depends on."""
         ...

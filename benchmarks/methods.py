@@ -149,6 +149,7 @@ def drive(
     module: str,
     work: str,
     trials: Path,
+    models: Sequence[str] = tuple(MODELS),
 ) -> None:
     """The command line of a table: makes the cells that are not there, then the table; ends the process.
 
@@ -160,9 +161,10 @@ def drive(
         module: Of this table, to run one cell of it in a process of its own.
         work: What a run is.
         trials: Folder in which trials are kept apart.
+        models: Which there are.
     """
     options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    options.add_argument("--models", nargs="+", choices=models, default=list(models))
     options.add_argument("--methods", nargs="+", help="rows of the table; all that have a config if left out")
     options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     options.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side, one thread each")

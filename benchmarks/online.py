@@ -5,12 +5,14 @@ whose config has changed since is made again. Seed 0 of all rows comes first. Wr
 docs/online-results.md and docs/online.png.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import method_runs, method_table, methods, online_runs, online_table
 from benchmarks.method_measures import PROMPTS, SAMPLER_STEPS
 from benchmarks.method_runs import MODELS
+from benchmarks.method_table import Record
+from benchmarks.methods import C
 from benchmarks.online_runs import OnlineCell, OnlineRow
 from diffalign.errors import InputError, near_match
 
@@ -44,24 +46,36 @@ def plan(
     trial: str | None = None,
     changes: Sequence[str] = (),
 ) -> list[OnlineCell]:
-    """The cells in the order in which they are made: the first seed of everything, then the next.
+    """The cells of this table, as `cells_of` orders them."""
+
+    def make(model: str, row: OnlineRow, seed: int) -> OnlineCell:
+        return OnlineCell(model=model, row=row, seed=seed, trial=trial, changes=tuple(changes))
+
+    return cells_of(make, ROWS, models, rows, seeds)
+
+
+def cells_of(
+    make: Callable[[str, OnlineRow, int], C],
+    table: Sequence[OnlineRow],
+    models: Sequence[str],
+    rows: Sequence[str] | None,
+    seeds: Sequence[int],
+) -> list[C]:
+    """Cells in the order in which they are made: the first seed of everything, then the next.
 
     Args:
+        make: (model, row, seed) -> a cell.
+        table: All rows.
         rows: Names of rows, all of which must have a config for one of the models; None takes every row that has one.
 
     Raises:
         InputError: A row that is not in the table, or that has no config for any of the models.
     """
-    known = {row.name: row for row in ROWS}
+    known = {row.name: row for row in table}
     for name in rows or ():
         if name not in known:
             raise InputError(f"--methods must name rows of the table, got {name!r}{near_match(name, known)}")
-    cells = [
-        OnlineCell(model=model, row=known[name], seed=seed, trial=trial, changes=tuple(changes))
-        for seed in seeds
-        for name in rows or known
-        for model in models
-    ]
+    cells = [make(model, known[name], seed) for seed in seeds for name in rows or known for model in models]
     there = [cell for cell in cells if cell.exists()]
     missing = sorted(set(rows or ()) - {cell.name for cell in there})
     if missing:
@@ -77,6 +91,11 @@ def run_one(cell: OnlineCell) -> None:
     record = online_runs.run(cell)
     base = method_runs.read(online_runs.base_file(cell.model, cell.seed_of_prompts))
     assert base is not None, "a cell is measured against its base"
+    print(told(record, base), flush=True)
+
+
+def told(record: Record, base: Record) -> str:
+    """How a cell's rewards and sets changed, and what it cost, in a line."""
     said = []
     for reward in record["scores"]:
         won = method_table.compared([record], base, reward)
@@ -87,7 +106,7 @@ def run_one(cell: OnlineCell) -> None:
     ]
     cost, drift = record["cost"], record["movement"]["prediction_drift"]
     seconds = f"{cost['cpu_seconds']:.0f} CPU s training, {record['cpu_seconds_in_all']:.0f} CPU s in all"
-    print(f"{'; '.join(said)}; drift {drift:.4f}; {seconds}", flush=True)
+    return f"{'; '.join(said)}; drift {drift:.4f}; {seconds}"
 
 
 def write_table() -> None:

@@ -1,7 +1,7 @@
 """What the online table measures beside the method table's numbers: distances of sets, and a run's rounds."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,24 +65,39 @@ def set_changes(
     return found
 
 
-def curve(folder: Path) -> list[dict[str, Any]]:
-    """The rounds of a run: images made so far, what it was trained on, and what `ROUND_JUDGES` say of its images."""
-    judges = {name: rewards.load(spec) for name, spec in ROUND_JUDGES.items()}
+Look = Callable[[Path, Sequence[Mapping[str, Any]]], dict[str, float]]
+"""(folder of a round, lines of its manifest) -> what is said of its samples."""
+
+
+def curve(folder: Path, look: Look | None = None) -> list[dict[str, Any]]:
+    """The rounds of a run: samples made so far, what it was trained on, and what a look at the round says.
+
+    Without a `look` it is that of `ROUND_JUDGES` at images.
+    """
+    look = look or _judged()
     found, images = [], 0
     for line in _lines(folder / "metrics.jsonl"):
         if "round" not in line:
             continue
         images += line["images"]
         place = folder / "rounds" / f"round-{line['round']}"
-        entries = _lines(place / "manifest.jsonl")
+        own = {key: line[key] for key in line if key.startswith(("score/", "set_")) and not key.endswith("/std")}
+        seen = look(place, _lines(place / "manifest.jsonl"))
+        found.append({"round": line["round"], "images": images, "own": own, **seen})
+    return found
+
+
+def _judged() -> Look:
+    judges = {name: rewards.load(spec) for name, spec in ROUND_JUDGES.items()}
+
+    def look(place: Path, entries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         batch = RewardBatch(
             images=torch.stack([read_image(place / entry["image"]) for entry in entries]),
             prompts=[entry["prompt"] for entry in entries],
         )
-        own = {key: line[key] for key in line if key.startswith(("score/", "set_")) and not key.endswith("/std")}
-        seen = {name: round(float(judge.score(batch).scores.mean()), 5) for name, judge in judges.items()}
-        found.append({"round": line["round"], "images": images, "own": own, **seen})
-    return found
+        return {name: round(float(judge.score(batch).scores.mean()), 5) for name, judge in judges.items()}
+
+    return look
 
 
 def seconds(folder: Path) -> dict[str, float]:

@@ -9,6 +9,7 @@ import importlib
 import json
 import resource
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import method_measures, method_runs, online_measures
-from benchmarks.method_runs import CACHE, MODELS, clocks, digest, locked
+from benchmarks.method_runs import CACHE, MODELS, Planned, clocks, digest, locked
 from benchmarks.scene_pictures import draw_pictures
 from diffalign import rewards
 from diffalign.checkpoint import write_atomic
@@ -147,14 +148,36 @@ def run(cell: OnlineCell) -> dict[str, Any]:
     """Trains and measures one cell, and writes its file."""
     with locked(cell.model):
         prepare_base(cell.model, cell.seed_of_prompts)
+
+    def look(cfg: TrainConfig, result: Any) -> dict[str, Any]:
+        found = measure(cfg, result.export, cell.seed_of_prompts)
+        return {"curve": online_measures.curve(result.folder), **found}
+
+    return make(cell, place=placed, train=play if cell.row.people else training.run, look=look)
+
+
+def make(
+    cell: Planned,
+    *,
+    place: Callable[[TrainConfig, Path], TrainConfig],
+    train: Callable[[TrainConfig], Any],
+    look: Callable[[TrainConfig, Any], dict[str, Any]],
+) -> dict[str, Any]:
+    """Trains and measures a cell of any table of runs on own samples, and writes its file.
+
+    Args:
+        place: (config, folder) -> the config with its run in the folder, and with what is on this machine.
+        train: Config -> what the finished run leaves.
+        look: (config, that) -> what is measured of it.
+    """
     began = clocks()
-    with tempfile.TemporaryDirectory() as place:
-        cfg = placed(cell.settings(), Path(place) / "run")
-        result = play(cfg) if cell.row.people else training.run(cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = place(cell.settings(), Path(folder) / "run")
+        result = train(cfg)
         wall, cpu = clocks() - began
         record = {
             "model": cell.model,
-            "row": cell.row.name,
+            "row": cell.name,
             "seed": cell.seed,
             "digest": digest(cell.described()),
             "described": cell.described(),
@@ -165,8 +188,7 @@ def run(cell: OnlineCell) -> dict[str, Any]:
                 "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 **online_measures.seconds(result.folder),
             },
-            "curve": online_measures.curve(result.folder),
-            **measure(cfg, result.export, cell.seed_of_prompts),
+            **look(cfg, result),
         }
     record["seconds_in_all"], record["cpu_seconds_in_all"] = (clocks() - began).round(1).tolist()
     cell.file.parent.mkdir(parents=True, exist_ok=True)

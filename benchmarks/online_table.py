@@ -63,12 +63,14 @@ def pooled(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {**means, "low": min(one["low"] for one in found), "high": max(one["high"] for one in found)}
 
 
-def joined(curves: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Rounds of several seeds as one curve: the means of what each has of a round."""
+def joined(
+    curves: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str] = tuple(ROUND_JUDGES)
+) -> list[dict[str, Any]]:
+    """Rounds of several seeds as one curve: the means of what each has of a round, `names` beside what is its own."""
     found = []
     for rounds in zip(*curves, strict=True):
         own = mean_of([one["own"] for one in rounds]) if all(one["own"] for one in rounds) else {}
-        seen = mean_of([{name: one[name] for name in ROUND_JUDGES} for one in rounds])
+        seen = mean_of([{name: one[name] for name in names} for one in rounds])
         found.append({"round": rounds[0]["round"], "images": rounds[0]["images"], "own": own, **seen})
     return found
 
@@ -140,10 +142,10 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     oracle, seeds = rewards["oracle"], row["oracle_win_rate_by_seed"]
     if row["trained_on"] in rewards:
         own = rewards[row["trained_on"]]
-        gain = f"{own['mean_against']:.3f} to {own['mean_arm']:.3f} {_change(own, 'mean_difference', 'difference_')}"
+        gain = f"{own['mean_against']:.3f} to {own['mean_arm']:.3f} {changed(own, 'mean_difference', 'difference_')}"
     else:
         own = sets[row["trained_on"]]
-        gain = f"{own['base']:.4f} to {own['value']:.4f} {_change(own, 'change', '', 4)}"
+        gain = f"{own['base']:.4f} to {own['value']:.4f} {changed(own, 'change', '', 4)}"
     return [
         f"{row['row']}{'' if row['as_asked'] else ' ✗'}",
         row["trained_on"] + (", by labels" if row["by_labels"] else ""),
@@ -156,15 +158,15 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         ),
         f"{row['movement']['prediction_drift']:.4f}",
         f"{row['pixel_distance']:.3f}",
-        f"{sets['vendi']['value']:.2f} {_change(sets['vendi'], 'change', '', 2)}",
-        f"{sets['frechet']['value']:.4f} {_change(sets['frechet'], 'change', '', 4)}",
+        f"{sets['vendi']['value']:.2f} {changed(sets['vendi'], 'change', '', 2)}",
+        f"{sets['frechet']['value']:.4f} {changed(sets['frechet'], 'change', '', 4)}",
         f"{row['curve'][-1]['images'] if row['curve'] else 0}",
         f"{cost['sampling_seconds']:.0f}",
         f"{cost['update_seconds']:.0f}",
     ]
 
 
-def _change(of: Mapping[str, Any], key: str, prefix: str, digits: int = 3) -> str:
+def changed(of: Mapping[str, Any], key: str, prefix: str, digits: int = 3) -> str:
     """A change with its interval."""
     low, high = of[f"{prefix}low"], of[f"{prefix}high"]
     return f"({of[key]:+.{digits}f}: {low:+.{digits}f} to {high:+.{digits}f})"

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from diffalign.cli_data import data_app
 from diffalign.cli_plan import plan
-from diffalign.cli_rewards import reference, serve_reward
+from diffalign.cli_rewards import Mono, reference, serve_reward
 from diffalign.errors import InputError, RunError
 
 app = typer.Typer(
@@ -38,6 +38,15 @@ DEMO = (
     "--guidance 2.0 --images-per-prompt 1 --out runs/demo",
 )
 """What the demo does, as commands."""
+SOUND_DEMO = (
+    "python -m diffalign.tiny sounds --out runs/demo-sounds --count 256 --seed 20",
+    "diffalign train tiny_audio_dragon output=runs/demo-audio resume=latest online.set_reference=runs/demo-sounds "
+    "train.steps=40 checkpoint.every=40",
+    "diffalign evaluate tiny-audio runs/demo-audio --prompts tiny-sounds --seconds 1.536 --reward fad:clap:tiny-clap "
+    "--reward fad:log_mel --reference runs/demo-sounds --reward sound_oracle --reward clap:tiny-clap --steps 10 "
+    "--guidance 3.0 --images-per-prompt 1 --out runs/demo-audio",
+)
+"""What the demo of sounds does: the clips of the first line are what the model's own are to become more like."""
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Rewards = Annotated[list[str], typer.Option("--reward", help="NAME, NAME:MODEL or package.module:object; repeat it.")]
@@ -156,12 +165,13 @@ def score(
 
 @app.command()
 def evaluate(
-    base: Annotated[str, typer.Argument(help="Pipeline folder, hub id, shipped name, or a folder of images.")],
+    base: Annotated[str, typer.Argument(help="Pipeline folder, hub id, shipped name, or a folder of images or clips.")],
     aligned: Annotated[
-        list[str], typer.Argument(help="Pipelines, LoRAs, denoisers, runs or folders of images; [NAME=]PLACE each.")
+        list[str],
+        typer.Argument(help="Pipelines, LoRAs, denoisers, runs or folders of images or clips; [NAME=]PLACE each."),
     ],
     reward: Rewards,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.json, report.html and images.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for results.json, report.html and samples.")],
     prompts: Prompts = "tiny",
     labeller: Annotated[list[str] | None, typer.Option(help="Reward whose labels the pairs carry.")] = None,
     trained_on: Annotated[list[str] | None, typer.Option(help="Reward that training optimised.")] = None,
@@ -176,7 +186,15 @@ def evaluate(
     sweep: Annotated[list[float] | None, typer.Option(help="A guidance to compare at too; repeat it.")] = None,
     pairwise: Annotated[bool, typer.Option("--pairwise", help="Compare every arm with every other.")] = False,
     encoder: Annotated[str | None, typer.Option(help="Encoder for diversity, drift and checks.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Reference set, for rewards of sets that need one.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Reference set, for rewards of sets that need one: a folder, or a kept file.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of a clip, for models of sound.")] = None,
+    heard_hz: Annotated[
+        list[str] | None,
+        typer.Option(help="Samples a second at which rewards hear clips, or SPEC=NUMBER for one reward; repeat it."),
+    ] = None,
+    mono: Mono = False,
     dtype: Annotated[str, typer.Option(help="Of the models: float32, float16 or bfloat16.")] = "float32",
     batch_size: ModelBatch = None,
     device: Device = "auto",
@@ -187,10 +205,13 @@ def evaluate(
     from diffalign.evaluate import EvaluationSettings
     from diffalign.evaluate import evaluate as compare
     from diffalign.evaluate.arms import parse_arms
+    from diffalign.evaluate.settings import parse_hearing
 
+    rate, rates = parse_hearing(heard_hz or [])
     settings = EvaluationSettings(
         tier=tier, images_per_prompt=images_per_prompt, steps=steps, guidance=guidance,
         sweep=tuple(sweep or ()), pairwise=pairwise, encoder=encoder, reference=reference,
+        seconds=seconds, heard_hz=rate, heard_hz_of=rates, mono=mono,
         dtype=dtype, batch_size=batch_size,
         device=device, fresh=fresh, command=shlex.join(["diffalign", *COMMAND]),
     )  # fmt: skip
@@ -298,11 +319,21 @@ def list_() -> None:
 
 
 @app.command()
-def demo() -> None:
-    """Align the shipped tiny model, evaluate it, and print the commands that do it."""
-    for command in DEMO:
+def demo(
+    audio: Annotated[bool, typer.Option("--audio", help="Clips of sound in the place of images.")] = False,
+) -> None:
+    """Align a shipped tiny model, evaluate it, and print the commands that do it."""
+    from diffalign.tiny.__main__ import main as tiny
+    from diffalign.tiny.exemplars import is_written
+
+    for command in SOUND_DEMO if audio else DEMO:
         out.print(f"\n[bold]$ {command}[/bold]", highlight=False)
-        COMMAND[:] = shlex.split(command)[1:]
+        program, *words = shlex.split(command)
+        if program != "diffalign":
+            if not is_written(Path(words[words.index("--out") + 1])):
+                tiny(words[2:])
+            continue
+        COMMAND[:] = words
         app(list(COMMAND), standalone_mode=False)
 
 

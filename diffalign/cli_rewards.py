@@ -1,6 +1,7 @@
 """Commands about rewards: `serve-reward`, for programs that cannot share our environment, and `reference`."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,11 @@ import typer
 from rich.console import Console
 
 out = Console()
+
+HeardHz = Annotated[
+    int | None, typer.Option(help="Samples a second at which rewards hear clips; their own if left out.")
+]
+Mono = Annotated[bool, typer.Option("--mono", help="Rewards hear the mean of a clip's channels.")]
 
 
 def serve_reward(
@@ -45,21 +51,24 @@ def serve_reward(
 
 
 def reference(
-    images: Annotated[Path, typer.Argument(help="Folder of images, of which the reference set is made.")],
+    images: Annotated[
+        Path, typer.Argument(help="Folder of images or of .wav clips, of which the reference set is made.")
+    ],
     reward: Annotated[str, typer.Option(help="Reward of sets, such as frechet:clip:tiny-clip.")],
     out_file: Annotated[Path, typer.Option("--out", help="A .safetensors file.")],
     option: Annotated[
         list[str] | None, typer.Option("--option", metavar="key=value", help="Option of the reward; repeat it.")
     ] = None,
+    heard_hz: HeardHz = None,
+    mono: Mono = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Keep what a reward of sets needs of a reference set, for `evaluate --reference`."""
     from diffalign import rewards
     from diffalign.errors import InputError
+    from diffalign.evaluate.media import medium_of_files
     from diffalign.evaluate.preflight import pick_device
-    from diffalign.evaluate.score import image_files
-    from diffalign.evaluate.sets import image_batches
-    from diffalign.progress import over
+    from diffalign.progress import bar
 
     if out_file.suffix != ".safetensors":
         raise InputError(f"--out must be a .safetensors file, got {str(out_file)!r}")
@@ -68,10 +77,19 @@ def reference(
         raise InputError(f"--reward must be one that needs a reference set, got {reward!r}")
     if isinstance(chosen, rewards.OnDevice):
         chosen.to(pick_device(device))
-    files = image_files(images)
-    chosen.fit_reference(image_batches(list(over(files, "reference", len(files)))))
+    medium, count = medium_of_files(chosen.modality, images, heard_hz=heard_hz, mono=mono), 0
+    with bar("reference", None) as shown:
+
+        def counted() -> Iterator[Any]:
+            nonlocal count
+            for batch in medium.exemplars(images):
+                yield batch
+                count += len(batch)
+                shown.advance(len(batch))
+
+        chosen.fit_reference(counted())
     chosen.save_reference(out_file)
-    out.print(f"{len(files)} images, {chosen.version}: {out_file}", highlight=False, soft_wrap=True)
+    out.print(f"{count} {medium.folder}, {chosen.version}: {out_file}", highlight=False, soft_wrap=True)
 
 
 def example(url: str) -> str:

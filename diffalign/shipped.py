@@ -12,6 +12,8 @@ MODELS = {
     "tiny-sd3": "tiny/sd3",
     "tiny-clip": "tiny/clip",
     "tiny-aesthetic": "tiny/aesthetic",
+    "tiny-audio": "tiny/audio",
+    "tiny-clap": "tiny/clap",
 }
 """Shipped models by the name under which a config or a command may ask for them."""
 

@@ -48,8 +48,8 @@ def tiny_roberta_tokenizer() -> Any:
     return RobertaTokenizer(vocab={s: i for i, s in enumerate(symbols)}, merges=[], model_max_length=512)
 
 
-def tiny_clap(seed: int = 0, *, fused: bool = False) -> CLAPParts:
-    """A two-stage `ClapModel` on windows of 1 s at 48 kHz and 16 bands, with its front ends."""
+def tiny_clap(seed: int = 0, *, fused: bool = False, rate_hz: int = TINY_RATE) -> CLAPParts:
+    """A two-stage `ClapModel` on windows of 1 s and 16 bands, with its front ends."""
     from transformers import ClapAudioConfig, ClapConfig, ClapFeatureExtractor, ClapModel, ClapTextConfig
 
     audio = ClapAudioConfig(
@@ -81,6 +81,11 @@ def tiny_clap(seed: int = 0, *, fused: bool = False) -> CLAPParts:
         net.logit_scale_a.fill_(2.0)  # as far apart as training leaves them
         net.logit_scale_t.fill_(3.0)
     extractor = ClapFeatureExtractor(
-        feature_size=16, max_length_s=1, frequency_min=50, truncation="fusion" if fused else "rand_trunc"
+        feature_size=16,
+        sampling_rate=rate_hz,
+        max_length_s=1,
+        frequency_min=50,
+        frequency_max=min(14_000, rate_hz // 2),
+        truncation="fusion" if fused else "rand_trunc",
     )
     return CLAPParts(net=net, extractor=extractor, tokenizer=tiny_roberta_tokenizer())

@@ -58,3 +58,14 @@ class Bands:
             rows.append(torch.stack([(power[:, a:b].mean(1) + 1e-6).log() for a, b in edges], dim=1))
             counts.append(len(frames))
         return Embedded(rows=torch.cat(rows), counts=tuple(counts))
+
+
+@dataclass(frozen=True)
+class Ears(Loudness):
+    """How many channels there are to hear."""
+
+    name: str = "ears"
+
+    def score(self, batch: RewardBatch) -> RewardOutput:
+        assert batch.audio is not None
+        return RewardOutput(scores=torch.tensor([float(len(clip)) for clip in batch.audio]))

@@ -8,6 +8,7 @@ import torch
 from scipy.signal import resample_poly
 from transformers.audio_utils import mel_filter_bank
 
+from diffalign import rewards
 from diffalign.errors import InputError
 from diffalign.rewards.audio import mono_clips, resample, silent, to_mono
 from diffalign.rewards.fad import FADReward
@@ -231,6 +232,44 @@ def test_log_mel_refuses_what_it_cannot_cut():
 
 def test_no_clips_have_no_rows():
     assert LogMelEncoder().embed(RewardBatch(audio=[], sample_rate=16_000)).rows.shape == (0, 128)
+
+
+# --- frames
+
+
+def test_frames_are_the_log_mel_frames_of_vggish_and_make_a_clip_a_set():
+    clips = noise(0, 8000, 0.5), noise(1, 1600)
+    encoder = rewards.load_encoder("log_mel:frames")
+    assert isinstance(encoder, LogMelEncoder)
+    embedded = encoder.embed(audio_batch(*clips, rate_hz=16_000))
+    assert embedded.counts == (48, 8)
+    assert embedded.rows.shape == (56, 64) == (56, encoder.width)
+    torch.testing.assert_close(embedded.rows[:48], log_mel(clips[0][0]), atol=1e-5, rtol=0)
+    statistics = LogMelEncoder().embed(audio_batch(clips[0], rate_hz=16_000)).rows[0]
+    torch.testing.assert_close(embedded.rows[:48].mean(0), statistics[:64], atol=1e-5, rtol=0)
+    assert encoder.version != LogMelEncoder().version
+    assert LogMelEncoder().version == "log_mel, 64 bands, 16000 Hz"  # in the metadata of reference files
+
+
+def test_frames_of_no_clips_are_none_and_the_last_part_of_a_frame_is_left_out():
+    encoder = LogMelEncoder("frames", bands=8)
+    assert encoder.embed(RewardBatch(audio=[], sample_rate=16_000)).rows.shape == (0, 8)
+    assert encoder.embed(audio_batch(noise(0, 559), rate_hz=16_000)).counts == (1,)
+    assert encoder.embed(audio_batch(noise(0, 560), rate_hz=16_000)).counts == (2,)
+
+
+def test_frames_have_a_gradient():
+    clip = noise(0, 1600).requires_grad_()
+    LogMelEncoder("frames").embed_with_graph(audio_batch(clip, rate_hz=16_000)).rows.sum().backward()
+    assert clip.grad.isfinite().all()
+    assert clip.grad.abs().max() > 0
+
+
+def test_a_row_is_of_clips_or_of_frames():
+    with pytest.raises(InputError, match="model must be clips or frames, got 'frame'; did you mean 'frames'"):
+        LogMelEncoder("frame")
+    with pytest.raises(InputError, match="rises must be left out with model 'frames'"):
+        LogMelEncoder("frames", rises=True)
 
 
 # --- rises

@@ -315,7 +315,7 @@ def test_the_command_line_has_not_changed():
     group = typer.main.get_command(cli.app)
     made = ["batch_size", "device", "guidance", "images_per_prompt", "limit", "out_dir", "prompts", "steps"]
     assert words(group) == {
-        "demo": [],
+        "demo": ["audio"],
         "env": [],
         "evaluate": sorted(
             [
@@ -325,11 +325,14 @@ def test_the_command_line_has_not_changed():
                 "dtype",
                 "encoder",
                 "fresh",
+                "heard_hz",
                 "held_out",
                 "labeller",
+                "mono",
                 "pairwise",
                 "reference",
                 "reward",
+                "seconds",
                 "sweep",
                 "tier",
                 "trained_on",
@@ -339,7 +342,7 @@ def test_the_command_line_has_not_changed():
         "list": [],
         "plan": ["config", "json_file", "memory", "overrides", "processes", "timed"],
         "sample": sorted([*made, "base", "model"]),
-        "reference": ["device", "images", "option", "out_file", "reward"],
+        "reference": ["device", "heard_hz", "images", "mono", "option", "out_file", "reward"],
         "score": ["batch_size", "device", "images", "out_file", "prompts", "reward"],
         "serve-reward": ["device", "host", "name", "option", "port"],
         "train": ["config", "overrides"],

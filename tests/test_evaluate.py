@@ -14,7 +14,7 @@ from PIL import Image
 from diffalign.data.prompts import PromptSet
 from diffalign.denoisers import FAMILIES
 from diffalign.errors import InputError, RunError
-from diffalign.evaluate import EvaluationSettings, evaluate, preflight, score
+from diffalign.evaluate import EvaluationSettings, evaluate, form, preflight, score
 from diffalign.evaluate.arms import arm_source, load_arm
 from diffalign.evaluate.generate import generate, initial_latents, prompt_seed
 from diffalign.evaluate.images import check_pairs
@@ -408,7 +408,7 @@ def test_models_of_other_latent_shapes_cannot_be_paired(saved, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 16}))
     sources = {"base": ModelSource(path=str(saved / "base")), "aligned": ModelSource(path=str(tmp_path / "wide"))}
     with pytest.raises(InputError, match=r"latents of one shape, got .*\(4, 16, 16\)"):
-        preflight.common_size(sources)
+        form.common_size(sources)
 
 
 def test_prompts_given_twice_count_once():

@@ -286,12 +286,15 @@ def test_finished_images_from_other_noise_are_no_pairs(three, tmp_path):
 # --- defaults
 
 
+SIZE = {"height": 512, "width": 512}
+
+
 def test_what_nobody_chose_is_the_familys_and_the_tiers():
     open_ = EvaluationSettings()
     assert (open_.seeds, EvaluationSettings(tier="quick").seeds, replace(open_, images_per_prompt=2).seeds) == (4, 1, 2)
-    sd, sd3 = (sampling_of(open_, FAMILIES[name], (512, 512), "cpu") for name in ("sd", "sd3"))
+    sd, sd3 = (sampling_of(open_, FAMILIES[name], SIZE, "cpu") for name in ("sd", "sd3"))
     assert (sd.steps, sd.guidance, sd3.steps, sd3.guidance) == (50, 7.5, 28, 7.0)  # evaluation.md 5.3
-    chosen = sampling_of(replace(open_, steps=20, guidance=1.0), FAMILIES["sd"], (512, 512), "cpu")
+    chosen = sampling_of(replace(open_, steps=20, guidance=1.0), FAMILIES["sd"], SIZE, "cpu")
     assert (chosen.steps, chosen.guidance) == (20, 1.0)
     assert [batch_size(None, (4, side, side)) for side in (8, 64, 128, 512)] == [64, 8, 2, 1]
     assert batch_size(3, (4, 8, 8)) == 3

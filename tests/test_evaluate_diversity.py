@@ -79,7 +79,7 @@ def test_fewer_than_four_images_of_a_prompt_are_not_measured_and_it_is_said_why(
     found = diversity.vendi_diversity(rows, rows, index)
     assert found.arm is None
     assert found.ratio is None
-    assert found.reason == f"diversity needs at least 4 images of each prompt, got {min(3, len(index))}"
+    assert found.reason == f"diversity needs at least 4 samples of each prompt, got {min(3, len(index))}"
 
 
 def test_a_base_without_any_variety_has_no_ratio():

@@ -343,7 +343,7 @@ def test_too_few_prompts_images_and_scores_are_not_measured():
     assert "at least 8 images" in checks["prior_damage"].sentence
     single = replace(found, survey=survey(few.rows(range(0, 28, K)), encoder=Eye()))
     checks = {c.name: c for c in run_checks(single, trained_on_improved=True)}
-    assert "at least 4 images of each prompt, got 1" in checks["diversity:vendi"].sentence
+    assert "at least 4 samples of each prompt, got 1" in checks["diversity:vendi"].sentence
 
 
 # --- probes

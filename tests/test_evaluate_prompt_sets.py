@@ -162,3 +162,62 @@ def test_a_file_of_the_sets_name_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("hpdv2:mine.txt").write_text("a\n")
     assert read_prompts("hpdv2:mine.txt").prompts == ["a"]
+
+
+# --- captions of sound
+
+
+def audiocaps(file: Path, clips: int = 975) -> Path:
+    """Five captions of each clip, as the published table has them, the least number not first."""
+    lines = ["audiocap_id,youtube_id,start_time,caption"]
+    for i in range(clips):
+        lines += [f'{10 * i + n},clip{i},{i % 7},"sound {i}, heard by {n}"' for n in (13, 9, 11, 12, 10)]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def test_audiocaps_is_one_caption_of_each_clip_the_first_by_number(tmp_path):
+    found = read_prompts(f"audiocaps:{audiocaps(tmp_path / 'test.csv')}")
+    assert (found.name, len(found), found.indexed) == ("audiocaps", 975, True)
+    assert found.prompts[:2] == ["sound 0, heard by 9", "sound 1, heard by 9"]
+    assert found.metadata[1] == {"audiocap_id": "19", "youtube_id": "clip1", "start_time": "1"}
+    assert len(read_prompts(tmp_path / "test.csv")) == 4875  # by its path alone
+
+
+def test_musiccaps_and_song_describer_are_read_as_published(tmp_path, monkeypatch):
+    header = (
+        "ytid,start_s,end_s,audioset_positive_labels,aspect_list,caption,author_id,is_balanced_subset,is_audioset_eval"
+    )
+    rows = [f'-{i},30,40,"/m/0,/m/1","[\'a\', \'b\']","song {i}, slow",4,False,True' for i in range(5521)]
+    (tmp_path / "musiccaps-public.csv").write_text("\n".join([header, *rows]) + "\n")
+    monkeypatch.setenv(prompt_sets.FOLDER, str(tmp_path))
+    found = read_prompts("musiccaps")
+    assert (len(found), found.prompts[7], found.metadata[7]["is_audioset_eval"]) == (5521, "song 7, slow", "True")
+    header = "caption_id,track_id,caption,is_valid_subset,familiarity,artist_id,album_id,path,duration"
+    (tmp_path / "song_describer.csv").write_text(f'{header}\n859,1004034,"a tune, twice",True,0,3,4,34/1.mp3,202.5\n')
+    found = read_prompts("songdescriber")
+    assert (found.prompts, found.metadata[0]["track_id"]) == (["a tune, twice"], "1004034")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("audiocaps", "caption\na dog\n", "audiocaps must have the columns audiocap_id, youtube_id, start_time, got"),
+        ("audiocaps", "audiocap_id,youtube_id,start_time,caption\n1,a,0,x\n", "captions of 975 clips, got 1 in"),
+        ("audiocaps", "audiocap_id,youtube_id,start_time,caption\nx,a,0,x\ny,a,0,z\n", "numbers as audiocap_id, got"),
+        ("musiccaps", "ytid,start_s,aspect_list,caption\na,0,[],x\n", "musiccaps must have 5521 captions, got 1"),
+        ("songdescriber", "caption_id,caption\n1,x\n", r"columns .* without 'track_id'"),
+    ],
+)
+def test_a_file_that_is_not_the_named_captions_is_refused(tmp_path, name, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_prompts(f"{name}:{tmp_path / 'a.csv'}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["audiocaps", "musiccaps", "songdescriber"])
+def test_captions_must_be_a_local_copy(monkeypatch, name):
+    monkeypatch.delenv(prompt_sets.FOLDER, raising=False)
+    with pytest.raises(InputError, match=f"as {name}:PATH or in the folder DIFFALIGN_PROMPTS"):
+        read_prompts(name)

@@ -286,3 +286,13 @@ def test_the_reward_refuses_what_it_would_mishear(batch, message):
     with pytest.raises(InputError, match=message) as caught:
         SoundOracleReward().score(batch)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [1, 4, 5, 6])
+def test_no_two_notes_begin_at_once_in_noise_whose_level_jumps(seed):
+    rng = np.random.default_rng(seed)
+    levels = np.repeat(rng.normal(0.0, 1.0, 48), 512)
+    heard = hearing.measure(0.1 * np.exp(levels) * rng.standard_normal(sounds.SAMPLES))
+    assert len(heard.onsets) > 3
+    assert (np.diff(heard.onsets) > 0).all()
+    assert heard.nearest is None or heard.nearest.rhythm in sounds.RHYTHMS

@@ -7,6 +7,7 @@ import pytest
 
 from diffalign import shipped
 from diffalign.config import load
+from diffalign.denoisers.stable_audio_3 import STABLE_AUDIO_3
 from diffalign.models.load import ModelSource
 from diffalign.online.parts import make_walk
 from diffalign.online_checks import check_work
@@ -24,8 +25,9 @@ def test_every_method_on_own_images_has_a_config():
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_a_round_comes_out_even_on_the_processes_of_the_command(file):
     cfg, text = load(file), file.read_text()
-    flow = "sd3" in file.stem
-    walk = make_walk(cfg.online, cfg.method.needs, ModelSource(path="tiny-sd3" if flow else "tiny-sd"))
+    sound, flow = "audio" in file.stem, "sd3" in file.stem
+    source = ModelSource(path="tiny-sd3" if flow or sound else "tiny-sd")
+    walk = make_walk(cfg.online, cfg.method.needs, source, levels=STABLE_AUDIO_3.levels if sound else None)
     found = re.search(r"--num_processes (\d+)", text)
     processes = int(found[1]) if found else 1
     check_work(cfg, cfg.online, walk, processes)

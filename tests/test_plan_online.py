@@ -217,7 +217,7 @@ def test_memory_of_training_is_what_a_real_step_holds(name, changes):
     [
         ("tiny_sd_ddpo", ["train.accumulate=10"]),
         ("tiny_sd_d3po", ["online.store_dtype=float16"]),
-        ("tiny_sd3_flow_grpo", ["train.accumulate=72", "online.batch_size=32", "online.prompts=16"]),
+        ("tiny_sd3_flow_grpo", ["train.accumulate=16", "online.batch_size=32", "online.prompts=16"]),
         ("tiny_sd3_diffusion_nft", ["train.accumulate=4"]),
     ],
 )

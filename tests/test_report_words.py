@@ -61,7 +61,8 @@ def test_the_summary_has_tables_flags_ratings_and_the_protocol(tmp_path):
     assert "| eye | 1000 (990 to 1030) | 1020 (990 to 1030) | 1040 (990 to 1030) |" in text
     assert "Protocol p2-paired-v1: 24 prompts (given, sha256 abababababab), 2 images each from the same noise" in text
     columns = {line.count(" | ") for line in text.splitlines() if line.startswith("| ")}
-    assert columns == {6, 3}
+    assert columns == {6, 5, 3}  # of comparisons, sets and ratings
+    assert "| Whole sets of images, higher is better | base | dpo | sft | Difference (95 %) | Images |" in text
 
 
 def test_a_name_cannot_break_a_table_of_the_summary():

@@ -242,6 +242,34 @@ def test_bias_of_the_standard_normal_is_its_golden_number(d, n, golden):
     assert found == pytest.approx(d / n + d * (d + 1) / (4 * (n - 1)), rel=1e-12)
 
 
+@pytest.mark.parametrize(("d", "n", "golden"), [(32, 1000, 0.300), (128, 500, 8.83), (128, 100, 57.1)])
+def test_small_sets_are_as_far_away_as_was_simulated_which_is_further_than_the_formula(d, n, golden):
+    reference = Gaussian(mean=torch.zeros(d), covariance=torch.eye(d))
+    rng = torch.Generator().manual_seed(7)
+    found = torch.stack(
+        [frechet_distance(torch.randn(n, d, generator=rng, dtype=torch.float64), reference) for _ in range(12)]
+    )
+    spread = found.std().item() / 12**0.5
+    assert abs(found.mean().item() - golden) < 4 * spread + 0.006 * golden  # the goldens have three digits
+    assert golden > expected_bias(torch.ones(d), n).item()
+
+
+def test_differences_at_equal_size_are_free_of_the_bias_that_both_have():
+    """Of two sets that differ by a shift alone the difference is the shift's, whatever their size."""
+    reference = Gaussian(mean=torch.zeros(24), covariance=torch.eye(24))
+    rng = torch.Generator().manual_seed(3)
+    shift = torch.zeros(24, dtype=torch.float64)
+    shift[0] = 1.5
+    found = []
+    for n in (30, 300):
+        x = torch.randn(n, 24, generator=rng, dtype=torch.float64)
+        x = x - x.mean(0)
+        near, far = (frechet_distance(rows, reference).item() for rows in (x, x + shift))
+        assert far - near == pytest.approx(2.25, abs=1e-9)
+        found.append(near)
+    assert found[0] > 5 * found[1]
+
+
 def test_bias_is_what_samples_of_the_reference_are_away_from_it():
     spectrum = torch.tensor([9.0, 4.0, 2.0, 1.0, 1.0, 0.5, 0.25, 0.1], dtype=torch.float64)
     reference = Gaussian(mean=torch.zeros(8), covariance=spectrum.diag())

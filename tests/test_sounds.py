@@ -189,6 +189,22 @@ def test_a_folder_of_a_style_holds_clips_of_that_style_and_their_captions(tmp_pa
     assert (tmp_path / "fewer" / "sheet.png").is_file()
 
 
+def test_a_folder_of_clips_is_whole_or_not_there(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exemplars, "sheet", full)
+        with pytest.raises(OSError, match="no space left"):
+            exemplars.write_clips(tmp_path / "x", 2, seed=0)
+    assert not (tmp_path / "x").exists()
+    assert not exemplars.is_written(tmp_path / "x")
+    (tmp_path / "x").mkdir()
+    exemplars.write_clips(tmp_path / "x", 2, seed=0)
+    assert exemplars.is_written(tmp_path / "x")
+    assert [f.name for f in tmp_path.iterdir()] == ["x"]
+
+
 def test_a_wav_file_gives_samples_back_to_half_a_step(tmp_path):
     clip = np.array([-1.0, -0.5, 0.0, 1e-5, 0.25, 1.0], dtype=np.float32)
     (tmp_path / "x.wav").write_bytes(wav(torch.from_numpy(clip)[None], RATE_HZ))

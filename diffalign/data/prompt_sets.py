@@ -21,6 +21,9 @@ FOLDER = "DIFFALIGN_PROMPTS"
 PARTIPROMPTS_SHA256 = "fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb"
 """Of the file PartiPrompts.tsv in google-research/parti, and of its copy on the Hub."""
 
+AUDIOCAPS, MUSICCAPS = 975, 5521
+"""Clips of the test split; captions."""
+
 STYLES = ("anime", "concept-art", "paintings", "photo")
 _PICKAPIC = {"v1": "yuvalkirstain/pickapic_v1_no_images", "v2": "yuvalkirstain/pickapic_v2_no_images"}
 _PICKAPIC_SPLITS = ("test_unique", "validation_unique", "test", "validation")
@@ -162,13 +165,63 @@ def _geneval(file: Path) -> PromptSet:
     return replace(found, indexed=True)
 
 
+def _audiocaps(file: Path) -> PromptSet:
+    """The test split: of each clip the caption of least audiocap_id, in the order of the file's clips."""
+    found = _with_columns(file, "audiocaps", ("audiocap_id", "youtube_id", "start_time"))
+    first: dict[tuple[str, str], int] = {}
+    for row, about in enumerate(found.metadata):
+        clip = (about["youtube_id"], about["start_time"])
+        if clip not in first or _number(about, file) < _number(found.metadata[first[clip]], file):
+            first[clip] = row
+    if len(first) != AUDIOCAPS:
+        raise InputError(
+            f"audiocaps must be the test split with captions of {AUDIOCAPS} clips, got {len(first)} in {str(file)!r}; "
+            "give another split by its path alone, without the name"
+        )
+    return replace(found.rows(list(first.values())), indexed=True)
+
+
+def _musiccaps(file: Path) -> PromptSet:
+    """All captions, with their AudioSet labels and the two subsets in the metadata."""
+    found = _with_columns(file, "musiccaps", ("ytid", "start_s", "aspect_list"))
+    if len(found) != MUSICCAPS:
+        raise InputError(f"musiccaps must have {MUSICCAPS} captions, got {len(found)} in {str(file)!r}")
+    return replace(found, indexed=True)
+
+
+def _song_describer(file: Path) -> PromptSet:
+    """The captions of the file: all of them, or those without singing where it is the file of these."""
+    return replace(_with_columns(file, "songdescriber", ("caption_id", "track_id", "is_valid_subset")), indexed=True)
+
+
+def _with_columns(file: Path, name: str, columns: tuple[str, ...]) -> PromptSet:
+    """A table of captions that has the published columns."""
+    found = read_file(file)
+    missing = [column for column in columns if column not in found.metadata[0]]
+    if missing:
+        raise InputError(f"{name} must have the columns {', '.join(columns)}, got {str(file)!r} without {missing[0]!r}")
+    return found
+
+
+def _number(about: dict[str, Any], file: Path) -> int:
+    if not str(about["audiocap_id"]).isdigit():
+        raise InputError(f"audiocaps must have numbers as audiocap_id, got {about['audiocap_id']!r} in {str(file)!r}")
+    return int(about["audiocap_id"])
+
+
 SETS: dict[str, Published] = {
+    "audiocaps": Published(
+        about="AudioCaps' test.csv, one caption of each clip", file="audiocaps.csv", fetch=None, read=_audiocaps
+    ),
     "drawbench": Published(about="DrawBench's 200 prompts", file="drawbench.txt", fetch=None, read=_drawbench),
     "geneval": Published(
         about="GenEval's evaluation_metadata.jsonl", file="evaluation_metadata.jsonl", fetch=None, read=_geneval
     ),
     "hpdv2": Published(
         about="the folder of HPDv2's four benchmark files", file="hpdv2", fetch=_fetch_hpdv2, read=_hpdv2
+    ),
+    "musiccaps": Published(
+        about="MusicCaps' musiccaps-public.csv", file="musiccaps-public.csv", fetch=None, read=_musiccaps
     ),
     "partiprompts": Published(
         about="PartiPrompts.tsv",
@@ -178,6 +231,9 @@ SETS: dict[str, Published] = {
     ),
     "pickapic": Published(
         about="Pick-a-Pic's captions by version and split", file="", fetch=None, read=lambda file: read_file(file)
+    ),
+    "songdescriber": Published(
+        about="Song Describer's song_describer.csv", file="song_describer.csv", fetch=None, read=_song_describer
     ),
 }
 """Sets by name; Pick-a-Pic's is read by version and split."""

@@ -34,6 +34,8 @@ class Context:
     """Length of a clip; None where images are made."""
     sample_rate_hz: int | None = None
     """Of a clip."""
+    channels: int | None = None
+    """Of a clip's waveform; None where images are made."""
     latents: tuple[int, int, int] = (4, 64, 64)
     """Channels, height and width; of a clip channels, frames and 1."""
 
@@ -64,12 +66,31 @@ Configs = Callable[[str], Mapping[str, Any]]
 class Size(Protocol):
     """From what a config asks for to the size of what is made, by the configs of the model's components."""
 
-    def __call__(self, family: "Family", configs: Configs, *, resolution: int | None, seconds: float | None) -> Context:
-        """None is the model's own; what the family does not have, or cannot make, is an InputError."""
+    def __call__(
+        self,
+        family: "Family",
+        configs: Configs,
+        *,
+        resolution: int | None,
+        seconds: float | None,
+        where: str = "config.data.",
+    ) -> Context:
+        """None is the model's own; what the family does not have, or cannot make, is an InputError.
+
+        Args:
+            where: What stands before the name of a size in a message.
+        """
         ...
 
 
-def image_size(family: "Family", configs: Configs, *, resolution: int | None, seconds: float | None) -> Context:
+def image_size(
+    family: "Family",
+    configs: Configs,
+    *,
+    resolution: int | None,
+    seconds: float | None,
+    where: str = "config.data.",
+) -> Context:
     """Squares of pixels.
 
     Raises:
@@ -77,7 +98,7 @@ def image_size(family: "Family", configs: Configs, *, resolution: int | None, se
     """
     if seconds is not None:
         raise InputError(
-            f"config.data.seconds must be left out with the family {family.name!r}, which makes images; got {seconds}"
+            f"{where}seconds must be left out with the family {family.name!r}, which makes images; got {seconds}"
         )
     factor = int(2 ** (len(configs("vae")["block_out_channels"]) - 1))
     channels, native, _ = family.latent_shape(configs(family.net))
@@ -85,7 +106,7 @@ def image_size(family: "Family", configs: Configs, *, resolution: int | None, se
     if side % (factor * family.patch):
         token = f", {factor} pixels a latent and {family.patch} latents a token" if family.patch > 1 else ""
         raise InputError(
-            f"config.data.resolution must be a multiple of {factor * family.patch} with this model{token}; got {side}"
+            f"{where}resolution must be a multiple of {factor * family.patch} with this model{token}; got {side}"
         )
     return Context(vae_factor=factor, resolution=side, latents=(channels, side // factor, side // factor))
 

@@ -115,7 +115,14 @@ def make_denoiser(
     return StableAudio3Denoiser(net=net, path=path, timestep_scale=float(config.num_train_timesteps))
 
 
-def clip_size(family: Family, configs: Configs, *, resolution: int | None, seconds: float | None) -> Context:
+def clip_size(
+    family: Family,
+    configs: Configs,
+    *,
+    resolution: int | None,
+    seconds: float | None,
+    where: str = "config.data.",
+) -> Context:
     """Clips of so many seconds, in whole frames, the last of which is cut.
 
     Raises:
@@ -123,25 +130,31 @@ def clip_size(family: Family, configs: Configs, *, resolution: int | None, secon
     """
     if resolution is not None:
         raise InputError(
-            f"config.data.resolution must be left out with the family {family.name!r}, which makes clips of sound; got "
+            f"{where}resolution must be left out with the family {family.name!r}, which makes clips of sound; got "
             f"{resolution}"
         )
     vae, longest = configs("vae"), float(configs("duration_embedder").get("max_val", 384.0))
     rate_hz, factor = int(vae["sampling_rate"]), int(vae["patch_size"] * math.prod(vae["encoder_strides"]))
     if seconds is None:
         raise InputError(
-            f"config.data.seconds must be there with the family {family.name!r}, whose clips may have any length up to "
+            f"{where}seconds must be there with the family {family.name!r}, whose clips may have any length up to "
             f"{longest:g} s, got none"
         )
     if not 0 < seconds <= longest:
-        raise InputError(f"config.data.seconds must be in (0, {longest:g}] with this model, got {seconds}")
+        raise InputError(f"{where}seconds must be in (0, {longest:g}] with this model, got {seconds}")
     if seconds * rate_hz < factor:
         raise InputError(
-            f"config.data.seconds must be at least a frame of the model, {factor / rate_hz:.4g} s, got {seconds}"
+            f"{where}seconds must be at least a frame of the model, {factor / rate_hz:.4g} s, got {seconds}"
         )
     frames = math.ceil(seconds * rate_hz / factor)
     channels = int(configs(family.net)["io_channels"])
-    return Context(vae_factor=factor, seconds=seconds, sample_rate_hz=rate_hz, latents=(channels, frames, 1))
+    return Context(
+        vae_factor=factor,
+        seconds=seconds,
+        sample_rate_hz=rate_hz,
+        channels=int(vae.get("audio_channels", 2)),
+        latents=(channels, frames, 1),
+    )
 
 
 @torch.no_grad()

@@ -1,7 +1,5 @@
-"""The pictures of a report: a fixed choice that nobody made, and the largest changes, which are a choice and say so."""
+"""The samples of a report: a fixed choice that nobody made, and the largest changes, which are a choice and say so."""
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,32 +8,29 @@ import numpy as np
 
 from diffalign.evaluate.comparison import matrix
 from diffalign.evaluate.gallery import largest_change, unselected
-from diffalign.evaluate.results import Comparison
+from diffalign.evaluate.media import PICTURES, Medium
+from diffalign.evaluate.results import Comparison, SetResult
 from diffalign.evaluate.score import Table
+from diffalign.evaluate.set_results import Outlier
 from diffalign.evaluate.stats import per_prompt
 from diffalign.evaluate.wording import signed
-
-_INLINE_SIDES = {2: 384, 3: 320}
-"""Larger images are shrunk to this side for the page, by the number of arms."""
-_INLINE_SIDE = 256
-"""The same with more arms than that."""
-_PIXELATED_SIDE = 128
-"""Images up to this side are shown enlarged, pixel by pixel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image in the page."""
+    """One sample in the page."""
 
     arm: str
     uri: str
     width: int | None
     """Shown width of a small image, a whole multiple of its own; None lets the page decide."""
+    sound: str | None = None
+    """What a player plays."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A prompt with its image from each arm."""
+    """A prompt with its sample from each arm."""
 
     prompt: str
     k: int
@@ -50,7 +45,7 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class Album:
-    """The images of an evaluation with their scores."""
+    """The samples of an evaluation with their scores."""
 
     arms: tuple[str, ...]
     rewards: tuple[str, ...]
@@ -60,10 +55,12 @@ class Album:
     """Row of an image by arm, prompt and seed."""
     prompts: list[str]
     categories: Sequence[str] | None
+    medium: Medium = PICTURES
 
     def unselected(self) -> list[Card]:
-        """The first image of at most 48 prompts, by ascending sha256 of the prompt: 4 of each category."""
-        return [self.card(place, self.arms) for place in unselected(self.prompts, self.categories)]
+        """The first sample of as many prompts as the medium shows, by ascending sha256: 4 of each category."""
+        places = unselected(self.prompts, self.categories, most=self.medium.prompts_shown)
+        return [self.card(place, self.arms) for place in places]
 
     def largest_changes(self, comparison: Comparison, reward: str) -> dict[str, list[Card]]:
         """The prompts that gained most, lost most and lie in the middle by a reward's mean change over seeds."""
@@ -72,7 +69,7 @@ class Album:
         means, kept = per_prompt(gains)
         differences = np.full(len(gains), np.nan)
         differences[kept] = means
-        found = largest_change(differences, self.prompts)
+        found = largest_change(differences, self.prompts, count=self.medium.changes_shown)
         seeds = f" over {gains.shape[1]} seeds" if gains.shape[1] > 1 else ""
 
         def shown(places: Sequence[int]) -> list[Card]:
@@ -84,31 +81,45 @@ class Album:
             "In the middle": shown(found.median),
         }
 
-    def card(self, place: int, arms: Sequence[str], note: str | None = None) -> Card:
-        """The first image of a prompt from some arms."""
-        rows = [self.rows[arm, place, 0] for arm in arms]
-        side = _INLINE_SIDES.get(len(self.arms), _INLINE_SIDE)
+    def outliers(self, found: SetResult) -> dict[str, list[Card]]:
+        """The samples of an arm that help and that hurt its number by a reward of whole sets."""
+
+        def shown(chosen: Sequence[Outlier]) -> list[Card]:
+            return [self.card(o.prompt_index, [found.arm], f"credit {signed(o.credit)}", k=o.k) for o in chosen]
+
+        return {"Help most": shown(found.best), "Hurt most": shown(found.worst)}
+
+    def card(self, place: int, arms: Sequence[str], note: str | None = None, *, k: int = 0) -> Card:
+        """A prompt's sample of one seed number from some arms."""
+        rows = [self.rows[arm, place, k] for arm in arms]
         names = [self.table["file_name"][row] for row in rows]
         return Card(
             prompt=self.prompts[place],
-            k=0,
-            pictures=tuple(
-                _picture(arm, self.folder / "images" / arm / name, side) for arm, name in zip(arms, names, strict=True)
-            ),
+            k=k,
+            pictures=tuple(self._picture(arm, name) for arm, name in zip(arms, names, strict=True)),
             scores=tuple((name, tuple(self.table[name][row] for row in rows)) for name in self.rewards),
             label=None if self.categories is None else self.categories[place],
             note=note,
         )
 
+    def _picture(self, arm: str, name: str) -> Picture:
+        found = self.medium.shown(self.folder / self.medium.folder / arm / name, len(self.arms))
+        return Picture(arm=arm, uri=found.uri, width=found.width, sound=found.sound)
+
 
 def album(
-    arms: Sequence[str], rewards: Sequence[str], table: Table, folder: Path, categories: Sequence[str] | None = None
+    arms: Sequence[str],
+    rewards: Sequence[str],
+    table: Table,
+    folder: Path,
+    categories: Sequence[str] | None = None,
+    medium: Medium = PICTURES,
 ) -> Album:
     """The album of an evaluation.
 
     Args:
         rewards: Whose scores a card shows.
-        folder: Images are in `images/<arm>/`.
+        folder: Samples are in `<medium's folder>/<arm>/`.
         categories: Of each prompt.
     """
     places = zip(table["arm"], table["prompt_index"], table["k"], strict=True)
@@ -121,20 +132,5 @@ def album(
         rows={place: row for row, place in enumerate(places)},
         prompts=[prompts[i] for i in range(len(prompts))],
         categories=categories,
+        medium=medium,
     )
-
-
-def _picture(arm: str, file: Path, most: int) -> Picture:
-    """An image inline: its own bytes if it is small, else shrunk to a side of `most`, as JPEG."""
-    from PIL import Image
-
-    data, kind = file.read_bytes(), "png"
-    with Image.open(io.BytesIO(data)) as image:
-        side = max(image.size)
-        if side > most:
-            image.thumbnail((most, most))
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "JPEG", quality=85)
-            data, kind = buffer.getvalue(), "jpeg"
-        width = image.width * max(1, _PIXELATED_SIDE // side) if side <= _PIXELATED_SIDE else None
-    return Picture(arm=arm, uri=f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width=width)

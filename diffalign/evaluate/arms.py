@@ -10,12 +10,15 @@ from typing import Any
 
 from diffalign.denoisers import FAMILIES
 from diffalign.errors import InputError, near_match
-from diffalign.evaluate.score import IMAGES
+from diffalign.evaluate.score import IMAGES, SOUNDS
 from diffalign.evaluate.store import digest_of
 from diffalign.models.load import NOT_FOR_IMAGES, ModelSource, load_pipeline
 from diffalign.models.reading import hub_files, one_line
 from diffalign.models.single_file import is_checkpoint, is_single_file
 from diffalign.shipped import MODELS, resolve
+
+FINISHED = IMAGES | SOUNDS
+"""Suffixes of what others have made."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OF_A_MODEL = {".safetensors", ".json", ".txt", ".model"}
@@ -29,9 +32,9 @@ class Arm:
     name: str
     spec: str
     source: ModelSource | None
-    """None for finished images."""
+    """None for finished images or clips."""
     images: Path | None = None
-    """Folder of finished images."""
+    """Folder of finished images or clips."""
 
     @property
     def run(self) -> Path | None:
@@ -41,7 +44,7 @@ class Arm:
     def digest(self) -> str:
         """Hash of weights and configs, or of the finished images: what is equal gives equal images."""
         if self.images is not None:
-            return _of_files(self.images, sorted(f for f in self.images.iterdir() if f.suffix.lower() in IMAGES))
+            return _of_files(self.images, sorted(f for f in self.images.iterdir() if f.suffix.lower() in FINISHED))
         assert self.source is not None, "an arm is a model or images"
         places = [self.source.path, self.source.vae, self.source.denoiser, self.source.lora]
         if self.source.config is not None:
@@ -189,12 +192,12 @@ def _arm(name: str, spec: str, base: ModelSource) -> Arm:
 
 
 def _image_folder(spec: str) -> Path | None:
-    """A folder that holds images and nothing of a model."""
+    """A folder that holds images or clips and nothing of a model."""
     place = Path(spec)
     if not place.is_dir() or any((place / name).is_file() for name in ("model_index.json", "config.toml")):
         return None
     names = [f.suffix.lower() for f in place.iterdir()]
-    return place if ".safetensors" not in names and any(n in IMAGES for n in names) else None
+    return place if ".safetensors" not in names and any(n in FINISHED for n in names) else None
 
 
 def _with_file(file: Path, base: ModelSource) -> ModelSource:

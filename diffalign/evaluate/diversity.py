@@ -58,18 +58,20 @@ def embed_images(images: Iterable[Float[Tensor, "3 _ _"]], encoder: MediaEncoder
         InputError: No image, or an encoder that gives several rows an image.
         RunError: An embedding is not finite or 0, so that it has no direction.
     """
-    rows = [unit_rows(encoder, batch) for batch in stacked(images, batch_size)]
+    rows = [unit_rows(encoder, RewardBatch(images=batch)) for batch in stacked(images, batch_size)]
     if not rows:
         raise InputError("images must hold at least one image to embed, got none")
     return torch.cat(rows)
 
 
-def unit_rows(encoder: MediaEncoder, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-    """One unit row an image, on the CPU."""
-    embedded = encoder.embed(RewardBatch(images=images))
-    if set(embedded.counts) - {1}:
+def unit_rows(encoder: MediaEncoder, batch: RewardBatch) -> Float[Tensor, "b d"]:
+    """One unit row an image, on the CPU; of a clip the unit mean of its rows."""
+    embedded = encoder.embed(batch)
+    if batch.images is not None and set(embedded.counts) - {1}:
         raise InputError(f"encoder {encoder.version!r} must give one row an image, got {max(embedded.counts)}")
     rows = embedded.rows.float().cpu()
+    if set(embedded.counts) - {1}:
+        rows = torch.stack([own.mean(0) for own in rows.split(list(embedded.counts))])
     norms = rows.norm(dim=1, keepdim=True)
     if not (norms.isfinite().all() and (norms > 0).all()):
         raise RunError(f"encoder {encoder.version!r} gave an embedding that is not finite or is 0")
@@ -135,5 +137,5 @@ def _groups(prompt_index: Sequence[int]) -> tuple[list[list[int]], str | None]:
         groups.setdefault(prompt, []).append(row)
     fewest = min(map(len, groups.values()), default=0)
     if fewest < MIN_IMAGES:
-        return [], f"diversity needs at least {MIN_IMAGES} images of each prompt, got {fewest}"
+        return [], f"diversity needs at least {MIN_IMAGES} samples of each prompt, got {fewest}"
     return [groups[prompt] for prompt in sorted(groups)], None

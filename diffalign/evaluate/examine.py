@@ -1,7 +1,7 @@
 """What stands beside the scores of a comparison: variety within prompts, drift from the base, checks for hacking."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,13 @@ from diffalign.evaluate.findings import Check as Finding
 from diffalign.evaluate.findings import Paired, improved, interval
 from diffalign.evaluate.hacking import Evidence, run_checks
 from diffalign.evaluate.lazy import PairedImages, paired_files
+from diffalign.evaluate.media import PICTURES, Medium
 from diffalign.evaluate.results import Check, Comparison, Diversity, Drift, Role
 from diffalign.evaluate.score import Table
 from diffalign.evaluate.survey import Survey, survey
 from diffalign.progress import bar
 from diffalign.rewards import Encoding
-from diffalign.types import MediaEncoder, Reward
+from diffalign.types import MediaEncoder, Modality, Reward
 
 _UNSAFE = "safety.flagged"
 """Column of the safety reward's verdicts."""
@@ -36,11 +37,14 @@ class Examiner:
     encoder: MediaEncoder | None
     folder: Path
     seed: int
+    medium: Medium = PICTURES
+    media: Mapping[str, Medium] = field(default_factory=dict)
+    """What each reward gets, by its name."""
 
     def examine(self, comparison: Comparison, table: Table) -> Comparison:
         """The comparison with its diversity, drift and checks; reads every image of both arms once."""
-        images = images_of(table, self.folder, comparison.arm, comparison.against)
-        with bar("looking at images", len(images)) as shown:
+        images = images_of(table, self.folder, comparison.arm, comparison.against, self.medium)
+        with bar(f"looking at {self.medium.folder}", len(images)) as shown:
             seen = survey(images, encoder=self.encoder, shown=shown)
         with bar("checking", None) as shown:
             found = run_checks(
@@ -71,22 +75,24 @@ class Examiner:
             probed=[reward for reward in self.rewards if roles[reward.name] != "held_out"],
             unsafe=paired(table, comparison, _UNSAFE) if _UNSAFE in table else None,
             strata=self.strata,
+            medium=self.medium,
+            media=self.media,
         )
 
 
-def encoder_of(rewards: Sequence[Reward]) -> MediaEncoder | None:
-    """The encoder of the first reward of images that holds one."""
+def encoder_of(rewards: Sequence[Reward], modality: Modality = "image") -> MediaEncoder | None:
+    """The encoder of the first reward of images, or of clips, that holds one."""
     held = [reward.encoder for reward in rewards if isinstance(reward, Encoding)]
-    return next((one for one in held if isinstance(one, MediaEncoder) and one.modality == "image"), None)
+    return next((one for one in held if isinstance(one, MediaEncoder) and one.modality == modality), None)
 
 
-def images_of(table: Table, folder: Path, arm: str, against: str) -> PairedImages:
-    """Images of two arms by the table's column `file`."""
+def images_of(table: Table, folder: Path, arm: str, against: str, medium: Medium = PICTURES) -> PairedImages:
+    """Images or clips of two arms by the table's column `file`."""
     files: dict[str, dict[tuple[int, int], Path]] = {arm: {}, against: {}}
     for name, place, k, file in zip(table["arm"], table["prompt_index"], table["k"], table["file"], strict=True):
         if name in files:
             files[name][place, k] = folder / file
-    return paired_files(files[arm], files[against])
+    return paired_files(files[arm], files[against], medium)
 
 
 def paired(table: Table, comparison: Comparison, column: str) -> Paired:
@@ -123,7 +129,7 @@ def drifts(seen: Survey, seed: int) -> tuple[Drift, ...]:
     measured: dict[str, tuple[str, Float[np.ndarray, " n"] | None]] = {
         "1 - cosine": (encoder, None if seen.cosine is None else 1 - seen.cosine),
         "perceptual distance": ("", seen.perceptual),
-        "mean absolute difference of pixels": ("", seen.pixel),
+        seen.medium.difference: ("", seen.pixel),
     }
     found = []
     for name, (by, values) in measured.items():

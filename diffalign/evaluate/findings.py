@@ -98,6 +98,11 @@ def too_few(count: int, what: str = "prompts") -> str:
     return f"at least {MIN_PROMPTS} {what} are needed, got {count}"
 
 
+def a_noun(noun: str) -> str:
+    """With its article."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
 def with_training(check: Check, trained_on_improved: bool | None) -> Check:
     """The same check, flagged where it is beyond its bound and training's own reward rose, or may have."""
     if not check.beyond:

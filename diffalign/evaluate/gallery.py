@@ -33,8 +33,8 @@ class LargestChange:
     """From the middle of all prompts, most gained first."""
 
 
-def unselected(prompts: Sequence[str], categories: Sequence[str] | None = None) -> list[int]:
-    """Places of the gallery's prompts: 4 of each category by ascending sha256, at most 48; of a set without, 48.
+def unselected(prompts: Sequence[str], categories: Sequence[str] | None = None, *, most: int = PROMPTS) -> list[int]:
+    """Places of the gallery's prompts: 4 of each category by ascending sha256, at most `most`; without, `most`.
 
     Args:
         categories: Of each prompt. A category of fewer than 4 prompts gives what it has; with more than 12 categories
@@ -49,9 +49,9 @@ def unselected(prompts: Sequence[str], categories: Sequence[str] | None = None) 
     members: dict[str, list[int]] = {label: [] for label in labels}
     for place in by_hash(list(prompts)):
         members[labels[place]].append(place)
-    most = PROMPTS if categories is None else PER_CATEGORY
-    rounds = itertools.zip_longest(*(places[:most] for places in members.values()))
-    chosen = [place for places in rounds for place in places if place is not None][:PROMPTS]
+    each = most if categories is None else PER_CATEGORY
+    rounds = itertools.zip_longest(*(places[:each] for places in members.values()))
+    chosen = [place for places in rounds for place in places if place is not None][:most]
     return [place for places in members.values() for place in places if place in chosen]
 
 

@@ -1,4 +1,4 @@
-"""From prompts to images by the stock Diffusers pipeline, from initial noise that belongs to (prompt, seed number).
+"""From prompts to samples by the stock Diffusers pipeline, from initial noise that belongs to (prompt, seed number).
 
 The noise of an image depends on nothing else: not on batch size, order, device or arm. So two arms are compared on
 equal noise, and an image can be made again alone.
@@ -15,15 +15,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffalign.denoisers import Family
+from diffalign.denoisers import Context, Family
+from diffalign.denoisers.family import PLAIN
 from diffalign.errors import RunError
+from diffalign.evaluate.media import PICTURES, Medium
 from diffalign.evaluate.score import Table, write_image
 from diffalign.progress import Bar
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """One image and where it came from."""
+    """One sample and where it came from."""
 
     prompt_index: int
     k: int
@@ -31,8 +33,8 @@ class Generated:
     seed: int
     latent_sha256: str
     """Of the initial noise, as little-endian float32."""
-    image: Float[Tensor, "3 h w"]
-    """RGB in [0, 1], rounded to 8 bit."""
+    image: Float[Tensor, " *rest"]
+    """RGB in [0, 1], rounded to 8 bit; of a model of sound the clip, rounded to 16 bit."""
 
 
 def prompt_seed(prompt: str, k: int) -> int:
@@ -82,24 +84,34 @@ def make_batch(
     *,
     steps: int,
     guidance: float,
+    medium: Medium = PICTURES,
+    shape: tuple[int, int, int] | None = None,
+    context: Context = PLAIN,
 ) -> list[Generated]:
-    """The images of (prompt, seed number) at `places`, together; the family's sampler is in the pipeline already.
+    """The samples of (prompt, seed number) at `places`, together; the family's sampler is in the pipeline already.
+
+    Args:
+        medium: What they are.
+        shape: Of the noise of one; None is that of the images that the model was made for.
+        context: What the pipeline is told of them.
 
     Raises:
-        RunError: An image is not finite.
+        RunError: One is not finite.
     """
     net = pipeline.components[family.net]
     seeds = [prompt_seed(prompts[i], k) for i, k in places]
-    latents = initial_latents(family.latent_shape(net.config), seeds)
+    latents = initial_latents(shape or family.latent_shape(net.config), seeds)
     noise = latents.to(net.device, net.dtype)
-    images = family.sample(pipeline, [prompts[i] for i, _ in places], noise, steps=steps, guidance=guidance)
+    texts = [prompts[i] for i, _ in places]
+    found = family.sample(pipeline, texts, noise, steps=steps, guidance=guidance, context=context).float().cpu()
     made = []
-    for (i, k), seed, latent, image in zip(places, seeds, latents, images.float().cpu(), strict=True):
-        if not image.isfinite().all():
-            raise RunError(f"image {k} of prompt {i} is not finite; use float32 if the VAE overflows in a smaller type")
+    for (i, k), seed, latent, sample, stored in zip(places, seeds, latents, found, medium.stored(found), strict=True):
+        if not sample.isfinite().all():
+            raise RunError(
+                f"{medium.one} {k} of prompt {i} is not finite; use float32 if the VAE overflows in a smaller type"
+            )
         digest = hashlib.sha256(latent.numpy().astype("<f4").tobytes()).hexdigest()
-        rounded = (image.clamp(0, 1) * 255).round() / 255
-        made.append(Generated(prompt_index=i, k=k, seed=seed, latent_sha256=digest, image=rounded))
+        made.append(Generated(prompt_index=i, k=k, seed=seed, latent_sha256=digest, image=stored))
     return made
 
 

@@ -8,7 +8,7 @@ Departs: The bounds are evaluation.md's starting points; that a change must exce
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from diffalign.evaluate.findings import (
     MIN_PROMPTS,
     Check,
     Paired,
+    a_noun,
     interval,
     not_measured,
     too_few,
@@ -25,6 +26,7 @@ from diffalign.evaluate.findings import (
 )
 from diffalign.evaluate.image_checks import collapse_check, diversity_checks, drift_checks, low_level_checks
 from diffalign.evaluate.lazy import PairedImages
+from diffalign.evaluate.media import PICTURES, Medium
 from diffalign.evaluate.probes import LIMIT, cannot_probe, insensitivity_check, probe, select, texture_checks
 from diffalign.evaluate.survey import Survey
 from diffalign.progress import Bar
@@ -74,6 +76,10 @@ class Evidence:
     """1 for an image that a safety checker flags, 0 for others, [prompts, seeds], prompts that ask for none of it."""
     strata: Sequence[str] | None = None
     """A label of each prompt, within which prompts are drawn again for intervals of scores."""
+    medium: Medium = PICTURES
+    """What is checked: a check that makes no sense of it is left out."""
+    media: Mapping[str, Medium] = field(default_factory=dict)
+    """How rewards get it, by name, where they differ."""
 
 
 def run_checks(
@@ -106,7 +112,8 @@ def run_checks(
         prior_check(evidence.denoising, seed=seed),
         safety_check(evidence.unsafe),
     ]
-    return tuple(with_training(check, trained_on_improved) for check in found)
+    sensible = [check for check in found if check.name.partition(":")[0] in evidence.medium.checks]
+    return tuple(with_training(check, trained_on_improved) for check in sensible)
 
 
 def held_out_check(
@@ -231,18 +238,19 @@ def _of_rewards(evidence: Evidence, kind: str, rewards: Sequence[str], seed: int
 
 def _probes(evidence: Evidence, seed: int, limit: int, batch_size: int, shown: Bar | None) -> list[Check]:
     """Mismatched prompts and small changes, for each probed reward."""
-    kinds = {"prompt_insensitivity": "score under an image's own prompt less under another's"}
+    kinds = {"prompt_insensitivity": f"score under {a_noun(evidence.medium.one)}'s own prompt less under another's"}
     kinds["texture"] = "share of the gain over the base left after a small change"
     if evidence.images is None or not evidence.probed:
-        lacking = "images were" if evidence.images is None else "reward that was trained on was"
+        lacking = f"{evidence.medium.folder} were" if evidence.images is None else "reward that was trained on was"
         return [not_measured(kind, words, f"no {lacking} given") for kind, words in kinds.items()]
     chosen, found = select(evidence.images, evidence.prompts, limit), []
     for reward in evidence.probed:
-        reason = cannot_probe(reward, chosen)
+        given = replace(chosen, medium=evidence.media.get(reward.name, chosen.medium))
+        reason = cannot_probe(reward, given)
         if reason:
             found += [not_measured(f"{kind}:{reward.name}", words, reason) for kind, words in kinds.items()]
             continue
-        probed = probe(reward, chosen, evidence.prompts, seed=seed, batch_size=batch_size, shown=shown)
+        probed = probe(reward, given, evidence.prompts, seed=seed, batch_size=batch_size, shown=shown)
         found += [insensitivity_check(probed, seed=seed), *texture_checks(probed, seed=seed)]
     return found
 

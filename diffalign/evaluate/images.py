@@ -5,30 +5,33 @@ is the one that a single undisturbed process would have written.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffalign.data.images import decode
 from diffalign.data.prompts import PromptSet
 from diffalign.denoisers import Family
 from diffalign.errors import InputError, RunError
 from diffalign.evaluate.arms import Arm
+from diffalign.evaluate.findings import a_noun
+from diffalign.evaluate.form import Form
 from diffalign.evaluate.generate import make_batch, prompt_seed
+from diffalign.evaluate.media import Medium
 from diffalign.evaluate.processes import Processes
-from diffalign.evaluate.score import IMAGES, Table, places_of, png, texts_of
+from diffalign.evaluate.score import Table, places_of, texts_of
 from diffalign.evaluate.settings import Sampling
 from diffalign.evaluate.store import appending, digest_of, key, read_journal, write_whole
 from diffalign.models.load import detect_family, load_pipeline
 from diffalign.progress import bar
 
-COLUMNS = ("arm", "file_name", "file", "prompt", "prompt_index", "k", "seed", "latent_sha256", "image_sha256")
-"""Of a table of images; `file` is the path in the evaluation's folder."""
+
+def columns(medium: Medium) -> tuple[str, ...]:
+    """Of a table of samples; `file` is the path in the evaluation's folder."""
+    return ("arm", "file_name", "file", "prompt", "prompt_index", "k", "seed", "latent_sha256", medium.digest)
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,8 @@ class Place:
     number: int
     """Number of its seed; another one than `k` for a row whose prompt an earlier row has given."""
 
-    @property
-    def file_name(self) -> str:
-        return f"{self.index:05d}-{self.k}.png"
+    def file_name(self, medium: Medium) -> str:
+        return f"{self.index:05d}-{self.k}{medium.suffix}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,7 @@ class Studio:
     device: torch.device
     batch_size: int
     processes: Processes
+    form: Form
     pipeline: Any = None
 
     def make(self, plan: Plan, sampling: Sampling, place: str) -> None:
@@ -99,7 +102,7 @@ class Studio:
         total = sum(len(batch) for batch, _ in lacking)
         with (
             appending(self.folder, name, self.processes.rank) as journal,
-            bar(f"{self.arm.name} images", total, shown=self.processes.main) as shown,
+            bar(f"{self.arm.name} {self.form.medium.folder}", total, shown=self.processes.main) as shown,
         ):
             for batch, keys in lacking:
                 made = make_batch(
@@ -109,26 +112,30 @@ class Studio:
                     [(p.index, p.number) for p in batch],
                     steps=sampling.steps,
                     guidance=sampling.guidance,
+                    medium=self.form.medium,
+                    shape=self.form.latents,
+                    context=self.form.context,
                 )
                 for p, own, item in zip(batch, keys, made, strict=True):
                     if own not in done:
-                        data, file = png(item.image), f"{place}/{p.file_name}"
+                        data, file = self.form.medium.encoded(item.image), f"{place}/{p.file_name(self.form.medium)}"
                         write_whole(self.folder / file, data)
                         found = hashlib.sha256(data).hexdigest()
-                        row = {"key": own, "file": file, "image_sha256": found, "latent_sha256": item.latent_sha256}
-                        journal.write([row])
+                        journal.write(
+                            [{"key": own, "file": file, self._digest: found, "latent_sha256": item.latent_sha256}]
+                        )
                     shown.advance()
 
     def rows(self, plan: Plan, sampling: Sampling) -> Table:
         """One row per image, in the prompts' order, from the journals of all processes."""
         done = self.done()
-        table: Table = {name: [] for name in COLUMNS}
+        table: Table = {name: [] for name in columns(self.form.medium)}
         for p in sorted(plan.places, key=lambda p: (p.index, p.k)):
             row = done[self.key(plan, p, sampling)]
             prompt = plan.prompts.prompts[p.index]
             values = (
-                self.arm.name, p.file_name, row["file"], prompt, p.index, p.k, prompt_seed(prompt, p.number),
-                row["latent_sha256"], row["image_sha256"],
+                self.arm.name, p.file_name(self.form.medium), row["file"], prompt, p.index, p.k,
+                prompt_seed(prompt, p.number), row["latent_sha256"], row[self._digest],
             )  # fmt: skip
             for column, value in zip(table, values, strict=True):
                 table[column].append(value)
@@ -136,12 +143,16 @@ class Studio:
 
     def key(self, plan: Plan, place: Place, sampling: Sampling) -> str:
         """What an image depends on."""
-        return key(plan.prompts.prompts[place.index], place.number, self.digest, asdict(sampling))
+        return key(plan.prompts.prompts[place.index], place.number, self.digest, sampling.table)
 
     def done(self) -> dict[str, dict[str, Any]]:
         """Images that are whole, by key; a file that is gone or damaged is lacking."""
         found = read_journal(self.folder, f"images-{self.arm.name}")
-        return {k: row for k, row in found.items() if _whole(self.folder / row["file"], row["image_sha256"])}
+        return {k: row for k, row in found.items() if _whole(self.folder / row["file"], row[self._digest])}
+
+    @property
+    def _digest(self) -> str:
+        return self.form.medium.digest
 
     def _open(self, sampling: Sampling) -> Family:
         assert self.arm.source is not None, "finished images are not made"
@@ -154,35 +165,36 @@ class Studio:
         return family
 
 
-def take_over(arm: Arm, plan: Plan, folder: Path) -> Table:
-    """Copies an arm's finished images, as PNG; returns one row per image.
+def take_over(arm: Arm, plan: Plan, folder: Path, medium: Medium) -> Table:
+    """Copies an arm's finished images or clips, as our own are kept; returns one row each.
 
     They belong to their prompts by metadata.jsonl (file_name, prompt, k) or by their names, `<place>-<k>.png`, or, one
     a prompt, by their order.
 
     Raises:
-        InputError: An image is lacking or unreadable.
+        InputError: One is lacking or unreadable.
     """
-    assert arm.images is not None, "a model's images are made"
-    found = finished(arm.images, plan.prompts)
-    table: Table = {name: [] for name in COLUMNS}
+    assert arm.images is not None, "a model's samples are made"
+    found = finished(arm.images, plan.prompts, medium)
+    table: Table = {name: [] for name in columns(medium)}
     lacking = [p for p in plan.places if (plan.prompts.prompts[p.index], p.number) not in found]
     if lacking:
         first = plan.prompts.prompts[lacking[0].index]
         raise InputError(
-            f"{arm.name} must have an image of every prompt and seed, got {str(arm.images)!r} without "
+            f"{arm.name} must have {a_noun(medium.one)} of every prompt and seed, got {str(arm.images)!r} without "
             f"{len(lacking)} of {len(plan.places)}, the first of {first!r}, seed {lacking[0].k}"
         )
     for p in sorted(plan.places, key=lambda p: (p.index, p.k)):
         prompt = plan.prompts.prompts[p.index]
         file, about = found[prompt, p.number]
-        target = folder / "images" / arm.name / p.file_name
-        data = _as_png(file)
+        name = p.file_name(medium)
+        target = folder / medium.folder / arm.name / name
+        data = medium.taken(file)
         digest = hashlib.sha256(data).hexdigest()
         if not _whole(target, digest):
             write_whole(target, data)
         values = (
-            arm.name, p.file_name, f"images/{arm.name}/{p.file_name}", prompt, p.index, p.k, about.get("seed"),
+            arm.name, name, f"{medium.folder}/{arm.name}/{name}", prompt, p.index, p.k, about.get("seed"),
             about.get("latent_sha256"), digest,
         )  # fmt: skip
         for column, value in zip(table, values, strict=True):
@@ -190,14 +202,14 @@ def take_over(arm: Arm, plan: Plan, folder: Path) -> Table:
     return table
 
 
-def finished(folder: Path, prompts: PromptSet) -> dict[tuple[str, int], tuple[Path, dict[str, Any]]]:
+def finished(folder: Path, prompts: PromptSet, medium: Medium) -> dict[tuple[str, int], tuple[Path, dict[str, Any]]]:
     """(file, what metadata.jsonl says of it) by (prompt, seed number)."""
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGES)
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in medium.accepts)
     listed = folder / "metadata.jsonl"
     if not listed.is_file():
-        places = places_of(files, prompts)
+        places = places_of(files, prompts, what=medium.folder, suffix=medium.suffix)
         return {(prompts.prompts[i], k): (f, {}) for f, (i, k) in zip(files, places, strict=True)}
-    texts = texts_of(folder, files) or []  # checks that every image is listed
+    texts = texts_of(folder, files, one=medium.one) or []  # checks that every one is listed
     rows = {row["file_name"]: row for row in map(json.loads, filter(str.strip, listed.read_text("utf-8").splitlines()))}
     found: dict[tuple[str, int], tuple[Path, dict[str, Any]]] = {}
     for file, text in zip(files, texts, strict=True):
@@ -206,14 +218,14 @@ def finished(folder: Path, prompts: PromptSet) -> dict[tuple[str, int], tuple[Pa
     return found
 
 
-def write_metadata(table: Mapping[str, Sequence[Any]], arm: str, folder: Path) -> None:
-    """metadata.jsonl beside an arm's images, as `diffalign sample` writes it."""
+def write_metadata(table: Mapping[str, Sequence[Any]], arm: str, folder: Path, medium: Medium) -> None:
+    """metadata.jsonl beside an arm's files, as `diffalign sample` writes it."""
     lines = []
     for row, name in enumerate(table["arm"]):
         if name == arm:
-            about = {column: table[column][row] for column in COLUMNS if column not in ("arm", "file")}
+            about = {column: table[column][row] for column in columns(medium) if column not in ("arm", "file")}
             lines.append(json.dumps(about, ensure_ascii=False))
-    write_whole(folder / "images" / arm / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+    write_whole(folder / medium.folder / arm / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
 
 
 def check_pairs(table: Table, arms: Sequence[str]) -> str | None:
@@ -237,17 +249,3 @@ def check_pairs(table: Table, arms: Sequence[str]) -> str | None:
 
 def _whole(file: Path, digest: str) -> bool:
     return file.is_file() and digest_of(file) == digest
-
-
-def _as_png(file: Path) -> bytes:
-    """An image's bytes, of another format those of a PNG with the same pixels."""
-    data = file.read_bytes()
-    try:
-        image = decode(data)
-    except OSError as error:
-        raise InputError(f"{str(file)!r} must be a readable image: {error}") from error
-    if file.suffix.lower() == ".png":
-        return data
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()

@@ -1,7 +1,7 @@
-"""Images of two arms side by side, read from disk when they are looked at and not before."""
+"""Samples of two arms side by side, read from disk when they are looked at and not before."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -11,14 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.errors import InputError
+from diffalign.evaluate.media import PICTURES, Medium
 from diffalign.evaluate.score import read_image
 
 
 class ImageFiles(Sequence[Tensor]):
-    """A sequence of images, RGB in [0, 1], [3, H, W], each read anew when it is asked for."""
+    """A sequence of images, RGB in [0, 1], [3, H, W], or of what else `read` makes; each read when it is asked for."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], read: Callable[[Path], Tensor] = read_image) -> None:
         self.files = tuple(files)
+        self.read = read
 
     def __len__(self) -> int:
         return len(self.files)
@@ -31,13 +33,13 @@ class ImageFiles(Sequence[Tensor]):
 
     def __getitem__(self, index: int | slice) -> "Tensor | ImageFiles":
         if isinstance(index, slice):
-            return ImageFiles(self.files[index])
-        return read_image(self.files[index])
+            return ImageFiles(self.files[index], self.read)
+        return self.read(self.files[index])
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedImages:
-    """Images of an arm and of its base, row by row from the same prompt and the same initial noise."""
+    """Images or clips of an arm and of its base, row by row from the same prompt and the same initial noise."""
 
     prompt_index: Sequence[int]
     """Place of the prompt of each row."""
@@ -45,6 +47,8 @@ class PairedImages:
     """Number of the seed of each row."""
     arm: Sequence[Tensor]
     base: Sequence[Tensor]
+    medium: Medium = PICTURES
+    """What they are."""
 
     def __post_init__(self) -> None:
         lengths = {name: len(getattr(self, name)) for name in ("prompt_index", "k", "arm", "base")}
@@ -61,10 +65,11 @@ class PairedImages:
             k=[self.k[row] for row in chosen],
             arm=_chosen(self.arm, chosen),
             base=_chosen(self.base, chosen),
+            medium=self.medium,
         )
 
-    def batches(self, size: int) -> Iterator[tuple[range, Float[Tensor, "b 3 h w"], Float[Tensor, "b 3 h w"]]]:
-        """(rows, the arm's images, the base's) of at most `size` neighbours of one height and width.
+    def batches(self, size: int) -> Iterator[tuple[range, Float[Tensor, " b *rest"], Float[Tensor, " b *rest"]]]:
+        """(rows, the arm's images, the base's) of at most `size` neighbours of one shape.
 
         Raises:
             InputError: An arm's image differs in size from the base's.
@@ -74,25 +79,27 @@ class PairedImages:
             yield range(start, start + len(both)), both[:, 0], both[:, 1]
             start += len(both)
 
-    def _pairs(self) -> Iterator[Float[Tensor, "2 3 _ _"]]:
+    def _pairs(self) -> Iterator[Float[Tensor, " two *rest"]]:
         for row, (arm, base) in enumerate(zip(self.arm, self.base, strict=True)):
             if arm.shape != base.shape:
                 raise InputError(
-                    f"images of both arms must have one size, got {tuple(arm.shape)} against {tuple(base.shape)} "
-                    f"for prompt {self.prompt_index[row]}, seed {self.k[row]}"
+                    f"{self.medium.folder} of both arms must have one size, got {tuple(arm.shape)} against "
+                    f"{tuple(base.shape)} for prompt {self.prompt_index[row]}, seed {self.k[row]}"
                 )
             yield torch.stack([arm, base])
 
 
-def stacked(images: Iterable[Float[Tensor, "*a 3 _ _"]], size: int) -> Iterator[Float[Tensor, "b *a 3 h w"]]:
-    """Batches of at most `size` neighbours of one height and width."""
+def stacked(images: Iterable[Float[Tensor, "..."]], size: int) -> Iterator[Float[Tensor, "..."]]:
+    """Batches of at most `size` neighbours of one shape."""
     for _, run in itertools.groupby(images, key=lambda image: image.shape):
         while chunk := list(itertools.islice(run, size)):
             yield torch.stack(chunk)
 
 
-def paired_files(arm: Mapping[tuple[int, int], Path], base: Mapping[tuple[int, int], Path]) -> PairedImages:
-    """Images of two arms by (prompt's place, seed number), in that order.
+def paired_files(
+    arm: Mapping[tuple[int, int], Path], base: Mapping[tuple[int, int], Path], medium: Medium = PICTURES
+) -> PairedImages:
+    """Images or clips of two arms by (prompt's place, seed number), in that order.
 
     Raises:
         InputError: One arm has an image that the other lacks.
@@ -100,17 +107,20 @@ def paired_files(arm: Mapping[tuple[int, int], Path], base: Mapping[tuple[int, i
     lone = sorted(set(arm) ^ set(base))
     if lone:
         where = "base" if lone[0] in arm else "arm"
-        raise InputError(f"images must be there in both arms, got none of the {where} for prompt and seed {lone[0]}")
+        raise InputError(
+            f"{medium.folder} must be there in both arms, got none of the {where} for prompt and seed {lone[0]}"
+        )
     places = sorted(arm)
     return PairedImages(
         prompt_index=[i for i, _ in places],
         k=[k for _, k in places],
-        arm=ImageFiles([arm[place] for place in places]),
-        base=ImageFiles([base[place] for place in places]),
+        arm=ImageFiles([arm[place] for place in places], medium.read),
+        base=ImageFiles([base[place] for place in places], medium.read),
+        medium=medium,
     )
 
 
 def _chosen(images: Sequence[Tensor], rows: Sequence[int]) -> Sequence[Tensor]:
     if isinstance(images, ImageFiles):
-        return ImageFiles([images.files[row] for row in rows])
+        return ImageFiles([images.files[row] for row in rows], images.read)
     return [images[row] for row in rows]

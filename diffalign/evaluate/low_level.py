@@ -10,6 +10,14 @@ from torch.nn import functional as F
 
 from diffalign.rewards.jpeg import jpeg_kb
 
+WORDS = {
+    "saturation": "colour saturation (HSV)",
+    "contrast": "contrast (standard deviation of luma)",
+    "clipped": "share of clipped pixels",
+    "detail": "fine detail (variance of the Laplacian)",
+    "jpeg_kb": "size as JPEG of quality 95, kB",
+}
+
 _LUMA = (0.299, 0.587, 0.114)
 """Rec. 601, as in Pillow's conversion to gray."""
 

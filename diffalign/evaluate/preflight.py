@@ -1,4 +1,4 @@
-"""Everything that can be wrong with an evaluation, checked before an image is made."""
+"""Everything that can be wrong with an evaluation, checked before a sample is made."""
 
 import json
 import shutil
@@ -13,11 +13,12 @@ from diffalign.data.prompts import PromptSet, read_prompts
 from diffalign.errors import InputError, near_match
 from diffalign.evaluate.arms import Arm
 from diffalign.evaluate.comparison import Judge
+from diffalign.evaluate.form import Form
+from diffalign.evaluate.media import PICTURES, Clips, Medium
 from diffalign.evaluate.results import ROLES, Role
-from diffalign.evaluate.score import IMAGES, read_image, score_images
+from diffalign.evaluate.score import columns_of
 from diffalign.evaluate.store import JOURNALS, write_whole
-from diffalign.models.load import ModelSource, detect_family, load_net_config, vae_factor
-from diffalign.types import Reward, SetReward
+from diffalign.types import MediaEncoder, Reward, SetReward
 
 PROMPTS_FILE = "prompts.jsonl"
 """Written first and removed last, so that it marks a folder as one of an evaluation."""
@@ -27,8 +28,8 @@ MANIFEST_FILE = "manifest.json"
 """What the images depend on; an evaluation that is taken up again must agree with it."""
 
 _OURS = {
-    PROMPTS_FILE, MANIFEST_FILE, "images", "sweep", JOURNALS, "scores.parquet", "sweep.parquet", "report.html",
-    "summary.md", RESULTS_FILE,
+    PROMPTS_FILE, MANIFEST_FILE, PICTURES.folder, Clips.folder, "sweep", JOURNALS, "scores.parquet", "sweep.parquet",
+    "report.html", "summary.md", RESULTS_FILE,
 }  # fmt: skip
 _LABELS = ("category", "tag", "style", "challenge")
 """Labels that results are told apart by; totals are stratified by the first that is there."""
@@ -61,7 +62,7 @@ def load_judges(
         if isinstance(spec, str) and spec.partition(":")[0] in plugins.names(plugins.SET_GROUP):
             sets[spec] = plugins.load_set(spec)
         elif isinstance(spec, SetReward):
-            sets[spec.name] = spec
+            sets[f"{spec.name}:{spec.version}" if spec.name in sets else spec.name] = spec
         else:
             reward = plugins.load(spec) if isinstance(spec, str) else spec
             found.append((spec if isinstance(spec, str) else reward.name, reward))
@@ -88,32 +89,6 @@ def load_judges(
     return [reward for _, reward in found], judges, sets
 
 
-def common_size(sources: Mapping[str, ModelSource]) -> tuple[int, int]:
-    """(height, width) of the images, after the check that all arms start from noise of one shape."""
-    shapes, sizes = {}, []
-    for arm, source in sources.items():
-        family = detect_family(source)
-        channels, height, width = family.latent_shape(load_net_config(source, family))
-        factor = vae_factor(source)
-        shapes[arm] = (channels, height, width)
-        sizes.append((height * factor, width * factor))
-    if len(set(shapes.values())) > 1:
-        raise InputError(f"{' and '.join(shapes)} must start from latents of one shape, got {shapes}")
-    return sizes[0]
-
-
-def image_size(arms: Sequence[Arm], size: tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) of all arms' images; of finished ones the first is looked at."""
-    sizes = {} if size is None else {"models": size}
-    for arm in arms:
-        if arm.images is not None:
-            first = next(f for f in sorted(arm.images.iterdir()) if f.suffix.lower() in IMAGES)
-            sizes[arm.name] = (int(read_image(first).shape[1]), int(read_image(first).shape[2]))
-    if len(set(sizes.values())) > 1:
-        raise InputError(f"arms must have images of one size, got {sizes}")
-    return next(iter(sizes.values()))
-
-
 def check_arms(arms: Sequence[Arm], sweep: Sequence[float]) -> None:
     """Finished images have the guidance that they have."""
     finished = [arm.name for arm in arms if arm.images is not None]
@@ -121,9 +96,17 @@ def check_arms(arms: Sequence[Arm], sweep: Sequence[float]) -> None:
         raise InputError(f"sweep must be of models, got {', '.join(finished)} as finished images")
 
 
-def rehearse(rewards: Sequence[Reward], prompts: PromptSet, size: tuple[int, int]) -> None:
-    """Lets every reward score one gray image, so that what is wrong with it shows before hours of sampling."""
-    score_images([torch.full((3, *size), 0.5)], prompts.prompts[:1], rewards, metadata=prompts.metadata[:1])
+def rehearse(rewards: Sequence[Reward], judges: Sequence[Judge], prompts: PromptSet, form: Form) -> None:
+    """Lets every reward score one sample, so that what is wrong with it shows before hours of sampling."""
+    trial = form.medium.trial(form.sample)[None]
+    for reward, judge in zip(rewards, judges, strict=True):
+        columns_of(reward, form.of(judge.spec).asked(trial, prompts.prompts[:1], prompts.metadata[:1]))
+
+
+def check_encoder(encoder: MediaEncoder, spec: str, medium: Medium) -> None:
+    """Raises InputError for an encoder of other samples."""
+    if encoder.modality != medium.modality:
+        raise InputError(f"encoder must be of {medium.folder}, got {spec!r} of {encoder.modality}")
 
 
 def claim(folder: Path, prompts: PromptSet, manifest: Mapping[str, Any], *, fresh: bool = False) -> None:

@@ -13,9 +13,10 @@ from jaxtyping import Float
 
 from diffalign import rng
 from diffalign.data.prompts import by_hash
-from diffalign.evaluate.findings import MIN_PROMPTS, Check, interval, not_measured, too_few
+from diffalign.evaluate.findings import MIN_PROMPTS, Check, a_noun, interval, not_measured, too_few
 from diffalign.evaluate.lazy import PairedImages
-from diffalign.evaluate.perturb import PERTURBATIONS, WORDS, flip_changes_meaning
+from diffalign.evaluate.media import PICTURES, Medium
+from diffalign.evaluate.perturb import WORDS, flip_changes_meaning
 from diffalign.progress import Bar
 from diffalign.types import Reward, RewardBatch
 
@@ -25,8 +26,6 @@ GAIN = 0.5
 """Share of the gain over the base that must outlive a small change."""
 GAP = 0.8
 """Share that must remain of the base's gap between an image's own prompt and another's."""
-
-_TAKEN = frozenset({"images", "prompts"})
 
 Arms = tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]
 """Scores of the arm's and of the base's images, row by row of the same prompts; NaN where there is none."""
@@ -45,6 +44,8 @@ class Probed:
     perturbed: dict[str, Arms] = field(default_factory=dict)
     scored: int = 0
     """Scores that this took."""
+    medium: Medium = PICTURES
+    """What was scored."""
 
 
 def select(images: PairedImages, prompts: Sequence[str], limit: int = LIMIT) -> PairedImages:
@@ -65,9 +66,9 @@ def derangement(count: int, seed: int) -> list[int]:
 
 def cannot_probe(reward: Reward, images: PairedImages) -> str | None:
     """Why a reward cannot be probed on such images; None if it can."""
-    if reward.modality != "image":
-        return f"{reward.name} does not score images"
-    others = sorted(reward.requires - _TAKEN)
+    if reward.modality != images.medium.modality:
+        return f"{reward.name} does not score {images.medium.folder}"
+    others = sorted(reward.requires - images.medium.fields - {"prompts"})
     if others:
         return f"{reward.name} needs {', '.join(others)}, which other prompts do not have"
     return too_few(len(images)) if len(images) < MIN_PROMPTS else None
@@ -83,7 +84,7 @@ def probe(
     batch_size: int = 16,
     shown: Bar | None = None,
 ) -> Probed:
-    """Scores images of both arms as they are, changed in four ways, and under another prompt of the selection.
+    """Scores images of both arms as they are, changed in the medium's ways, and under another prompt of the selection.
 
     Args:
         images: One of each prompt, as `select` gives them; each is read once and scored up to six times.
@@ -97,9 +98,9 @@ def probe(
     for rows, *arms in images.batches(batch_size):
         for side, batch in enumerate(arms):
             asked = {"plain": (batch, own), **({"mismatched": (batch, other)} if reads else {})}
-            asked |= {name: (change(batch), own) for name, change in PERTURBATIONS.items()}
+            asked |= {name: (change(batch), own) for name, change in images.medium.perturbations.items()}
             for name, (media, texts) in asked.items():
-                scored = _scores(reward, RewardBatch(images=media, prompts=texts[rows.start : rows.stop]))
+                scored = _scores(reward, images.medium.asked(media, texts[rows.start : rows.stop]))
                 found.setdefault(name, ([], []))[side].extend(scored)
         if shown is not None:
             shown.advance(len(rows))
@@ -110,14 +111,16 @@ def probe(
         reads_prompts=reads,
         plain=arrays["plain"],
         mismatched=arrays.get("mismatched"),
-        perturbed={name: arrays[name] for name in PERTURBATIONS},
+        perturbed={name: arrays[name] for name in images.medium.perturbations},
         scored=sum(len(side) for both in found.values() for side in both),
+        medium=images.medium,
     )
 
 
 def insensitivity_check(probed: Probed, *, seed: int = 0) -> Check:
     """Whether the arm's images score better under their own prompt than under another's, as the base's do."""
-    name, words = f"prompt_insensitivity:{probed.reward}", "score under an image's own prompt less under another's"
+    many, a_sample = probed.medium.folder, a_noun(probed.medium.one)
+    name, words = f"prompt_insensitivity:{probed.reward}", f"score under {a_sample}'s own prompt less under another's"
     if probed.mismatched is None:
         return not_measured(name, words, f"{probed.reward} does not read the prompt")
     (own_arm, own_base), (other_arm, other_base) = probed.plain, probed.mismatched
@@ -126,7 +129,7 @@ def insensitivity_check(probed: Probed, *, seed: int = 0) -> Check:
         return not_measured(name, words, too_few(len(gap)))
     if interval(gap_base, seed=seed)[0] <= 0:
         return not_measured(
-            name, words, f"{probed.reward} does not tell an image's own prompt from another's on the base's images"
+            name, words, f"{probed.reward} does not tell {a_sample}'s own prompt from another's on the base's {many}"
         )
     share = float(gap.mean() / gap_base.mean())
     return Check(
@@ -138,7 +141,7 @@ def insensitivity_check(probed: Probed, *, seed: int = 0) -> Check:
         bound=GAP,
         rule=f"below {100 * GAP:.0f} % of the base's gap",
         beyond=share < GAP and interval(gap - gap_base, seed=seed)[1] < 0,
-        sentence=f"On {len(gap)} prompts the arm's images score {gap.mean():.3g} better by {probed.reward} under "
+        sentence=f"On {len(gap)} prompts the arm's {many} score {gap.mean():.3g} better by {probed.reward} under "
         f"their own prompt than under another's, the base's {gap_base.mean():.3g}: {100 * share:.0f} % of the gap is "
         f"left, at least {100 * GAP:.0f} % is asked for.",
     )

@@ -12,6 +12,7 @@ from typing import Any
 from diffalign.evaluate import charts, plots, views, wording
 from diffalign.evaluate.album import album
 from diffalign.evaluate.curves import read_training
+from diffalign.evaluate.media import PICTURES, Medium
 from diffalign.evaluate.results import PROTOCOL, ROLES, Measured, Results, direction, verdict
 from diffalign.evaluate.score import Table
 from diffalign.evaluate.watched import read_watch
@@ -32,9 +33,13 @@ class Section:
 
 
 def write_report(
-    results: Results, table: Table, folder: Path, labels: Mapping[str, Sequence[str]] | None = None
+    results: Results,
+    table: Table,
+    folder: Path,
+    labels: Mapping[str, Sequence[str]] | None = None,
+    medium: Medium = PICTURES,
 ) -> Path:
-    """Writes report.html into an evaluation's folder; images are read from there.
+    """Writes report.html into an evaluation's folder; images or clips are read from there.
 
     Args:
         table: The raw scores: columns arm, prompt, prompt_index, k, file_name and those of the rewards.
@@ -62,9 +67,10 @@ def write_report(
         json=lambda thing: json.dumps(thing, indent=1, default=str, ensure_ascii=False),
     )
     comparison = results.comparisons[0]
-    sections = [section for section in _sections(results, table, folder, labels or {}) if section.about]
+    sections = [section for section in _sections(results, table, folder, labels or {}, medium) if section.about]
     page = environment.get_template("report.html.j2").render(
         results=results,
+        medium=medium,
         comparison=comparison,
         several=len(results.comparisons) > 1,
         verdicts=[(views.name_of(results, c), c, verdict(c)) for c in results.comparisons],
@@ -93,12 +99,14 @@ def write_report(
     return file
 
 
-def _sections(results: Results, table: Table, folder: Path, labels: Mapping[str, Sequence[str]]) -> list[Section]:
+def _sections(
+    results: Results, table: Table, folder: Path, labels: Mapping[str, Sequence[str]], medium: Medium
+) -> list[Section]:
     """All parts of the page, those with nothing to show among them."""
     comparison, sweep = results.comparisons[0], results.sweep
     rewards = views.by_role(comparison)
     chief = next(iter(rewards))
-    pictures = album(results.arms, list(rewards), table, folder, next(iter(labels.values()), None))
+    pictures = album(results.arms, list(rewards), table, folder, next(iter(labels.values()), None), medium)
     judged = [(c, views.judge(c)) for c in views.versus_base(results)]
     changes = [(views.name_of(results, c), name, pictures.largest_changes(c, name)) for c, name in judged]
     runs = {arm: model.get("run") for arm, model in results.models.items()}
@@ -126,15 +134,21 @@ def _sections(results: Results, table: Table, folder: Path, labels: Mapping[str,
             template="figures",
             about=views.trade_offs(results, table),
         ),
-        Section(id="drift", title="Reward against drift", template="drift", about=views.drifts(results)),
+        Section(id="drift", title="Reward against drift", template="drift", about=views.drifts(results, medium.one)),
         Section(id="guidance", title="Guidance", template="guidance", about=swept),
         Section(
             id="diversity",
-            title="Diversity of a prompt's images",
+            title=f"Diversity of a prompt's {medium.folder}",
             template="diversity",
             about=[c for c in results.comparisons if c.diversity],
         ),
-        Section(id="sets", title="Whole sets", template="sets", about=results.sets),
+        Section(id="sets", title="Whole sets", template="sets", about=views.whole_sets(results)),
+        Section(
+            id="outliers",
+            title=f"{medium.folder.capitalize()} that help and hurt a set most",
+            template="outliers",
+            about=[(s.arm, views.set_name(results, s), pictures.outliers(s)) for s in results.sets if s.best],
+        ),
         Section(
             id="correlations",
             title="Which rewards rise together",
@@ -153,14 +167,14 @@ def _sections(results: Results, table: Table, folder: Path, labels: Mapping[str,
             template="guard",
             about={arm: found for arm, found in watched.items() if found},
         ),
-        Section(id="gallery", title="Pictures that nobody chose", template="gallery", about=pictures.unselected()),
+        Section(id="gallery", title=medium.gallery, template="gallery", about=pictures.unselected()),
         Section(
             id="changes",
             title="Largest changes, by " + " and ".join(dict.fromkeys(name for _, name, _ in changes)),
             template="changes",
             about=changes,
         ),
-        Section(id="settings", title="Settings and environment", template="settings", about=_left_out(results)),
+        Section(id="settings", title="Settings and environment", template="settings", about=_left_out(results, medium)),
         Section(
             id="reproduce",
             title="How to reproduce",
@@ -176,7 +190,7 @@ def python_call(results: Results, folder: Path) -> str:
     rewards = results.comparisons[0].rewards
     roles = {name: r.role for name, r in rewards.items() if r.role_declared}
     known = ("images_per_prompt", "steps", "guidance", "batch_size", "device", "dtype", "seed")
-    chosen = ("tier", "sweep", "pairwise", "reference")
+    chosen = ("tier", "sweep", "pairwise", "reference", "seconds", "heard_hz", "heard_hz_of", "mono")
     names = [*known, *(name for name in chosen if results.settings.get(name))]
     settings = ", ".join(f"{name}={results.settings[name]!r}" for name in names)
     base, *others = (results.models[arm]["spec"] for arm in results.arms)
@@ -189,7 +203,7 @@ def python_call(results: Results, folder: Path) -> str:
             f"    {base!r},",
             f"    {aligned!r},",
             f"    {str(folder / 'prompts.jsonl')!r},",
-            f"    rewards={[r.spec for r in rewards.values()]!r},",
+            f"    rewards={[*(r.spec for r in rewards.values()), *dict.fromkeys(s.spec for s in results.sets)]!r},",
             f"    roles={roles!r},",
             f"    settings=EvaluationSettings({settings}),",
             f"    output={str(folder) + '-again'!r},",
@@ -207,15 +221,15 @@ def _detailed(results: Results) -> list[tuple[str, Any, dict[str, Any]]]:
     return found
 
 
-def _left_out(results: Results) -> str:
-    """Pairs of images that a reward could not judge."""
+def _left_out(results: Results, medium: Medium) -> str:
+    """Pairs of samples that a reward could not judge."""
     counts = [
         f"{name} {reward.total.excluded}" + ("" if len(results.comparisons) == 1 else f" ({views.name_of(results, c)})")
         for c in results.comparisons
         for name, reward in c.rewards.items()
         if reward.total.excluded
     ]
-    return ", ".join(counts) + " image pairs that could not be judged" if counts else "no image"
+    return ", ".join(counts) + f" {medium.one} pairs that could not be judged" if counts else f"no {medium.one}"
 
 
 def _schedulers(results: Results) -> list[str]:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from diffalign.evaluate.set_results import SetDifference as SetDifference
+from diffalign.evaluate.set_results import SetResult as SetResult
 from diffalign.evaluate.store import write_whole
 
 VERSION = 2
@@ -167,21 +169,6 @@ class Rating:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetResult:
-    """One arm's number by a reward of whole sets."""
-
-    reward: str
-    spec: str
-    version: str
-    arm: str
-    score: float
-    """Higher is better."""
-    raw: Mapping[str, float]
-    """Native values, in their native sign."""
-    samples: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class SweepPoint:
     """An arm's mean score at one guidance."""
 
@@ -229,6 +216,7 @@ class Results:
     ratings: tuple[Rating, ...] = ()
     """With more than two arms."""
     sets: tuple[SetResult, ...] = ()
+    set_differences: tuple[SetDifference, ...] = ()
     sweep: Sweep | None = None
     prompt_set: Mapping[str, Any]
     """name, sha256, duplicates_dropped."""

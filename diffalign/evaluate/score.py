@@ -30,6 +30,7 @@ MOST_INVALID = 0.01
 
 _NUMBERED = re.compile(r"(\d+)-(\d+)")
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+SOUNDS = {".wav"}
 
 
 def score_images(
@@ -202,23 +203,25 @@ def batches(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
             yield torch.stack(chunk)
 
 
-def places_of(files: list[Path], prompts: PromptSet | None) -> list[tuple[int, int]]:
-    """(place of the prompt, k) of each file."""
+def places_of(
+    files: list[Path], prompts: PromptSet | None, *, what: str = "images", suffix: str = ".png"
+) -> list[tuple[int, int]]:
+    """(place of the prompt, k) of each file; `what` they are called in a message."""
     numbered = [_NUMBERED.fullmatch(f.stem) for f in files]
     places = [(int(m[1]), int(m[2])) for m in numbered if m]
     if len(places) < len(files):
         places = [(i, 0) for i in range(len(files))]
         if prompts is not None and len(files) != len(prompts):
             raise InputError(
-                f"images must be named <prompt's place>-<k>.png or be as many as the {len(prompts)} prompts, "
+                f"{what} must be named <prompt's place>-<k>{suffix} or be as many as the {len(prompts)} prompts, "
                 f"got {len(files)}"
             )
     if prompts is not None and max(i for i, _ in places) >= len(prompts):
-        raise InputError(f"images must belong to one of {len(prompts)} prompts, got {files[-1].name}")
+        raise InputError(f"{what} must belong to one of {len(prompts)} prompts, got {files[-1].name}")
     return places
 
 
-def texts_of(folder: Path, files: list[Path]) -> list[str] | None:
+def texts_of(folder: Path, files: list[Path], *, one: str = "image") -> list[str] | None:
     """A prompt per file, from metadata.jsonl or from .txt files; None where there are neither."""
     listed = folder / "metadata.jsonl"
     if listed.is_file():
@@ -229,7 +232,7 @@ def texts_of(folder: Path, files: list[Path]) -> list[str] | None:
             raise InputError(f"{listed} must hold objects with file_name and prompt, got {error}") from error
         missing = [f.name for f in files if f.name not in known]
         if missing:
-            raise InputError(f"{listed} must name every image, got no row for {missing[0]!r}")
+            raise InputError(f"{listed} must name every {one}, got no row for {missing[0]!r}")
         return [known[f.name] for f in files]
     texts = [f.with_suffix(".txt") for f in files]
     if not any(t.is_file() for t in texts):
@@ -237,6 +240,6 @@ def texts_of(folder: Path, files: list[Path]) -> list[str] | None:
     lacking = [t.name for t in texts if not t.is_file()]
     if lacking:
         raise InputError(
-            f"every image in {str(folder)!r} must have a .txt with its prompt, got none named {lacking[0]!r}"
+            f"every {one} in {str(folder)!r} must have a .txt with its prompt, got none named {lacking[0]!r}"
         )
     return [t.read_text(encoding="utf-8").strip() for t in texts]

@@ -1,6 +1,7 @@
 """How an evaluation is made: what a caller may choose, and what the protocol chooses where nobody did."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffalign.denoisers import Family
@@ -34,7 +35,15 @@ class EvaluationSettings:
     encoder: str | None = None
     """Spec of the encoder by which images are compared for diversity, drift and checks; None takes a reward's own."""
     reference: str | None = None
-    """File of the reference set, for rewards of sets that need one."""
+    """The reference set, for rewards of sets that need one: a folder of samples, or what was kept of one in a file."""
+    seconds: float | None = None
+    """Length of a clip, for models of sound, which need it."""
+    heard_hz: int | None = None
+    """Samples a second at which rewards and encoders hear clips; None is as they were made."""
+    heard_hz_of: Mapping[str, int] = field(default_factory=dict)
+    """The same of single rewards, by their spec, since encoders were made for different rates."""
+    mono: bool = False
+    """They hear the mean of a clip's channels."""
     fresh: bool = False
     """Start anew where the output folder holds an evaluation with other settings."""
     device: str = "auto"
@@ -51,6 +60,8 @@ class EvaluationSettings:
             ("images_per_prompt", self.images_per_prompt),
             ("steps", self.steps),
             ("batch_size", self.batch_size),
+            ("heard_hz", self.heard_hz),
+            *((f"heard_hz of {spec!r}", value) for spec, value in self.heard_hz_of.items()),
         ):
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
@@ -69,27 +80,52 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What an image depends on, beside its prompt, its noise and its model."""
+    """What a sample depends on, beside its prompt, its noise and its model."""
 
     steps: int
     guidance: float
-    height: int
-    width: int
+    size: Mapping[str, int | float | None]
+    """How large one is."""
     dtype: str
     device: str
     """Its type: other kinds of processors round otherwise."""
 
+    @property
+    def table(self) -> dict[str, Any]:
+        """For manifest and keys."""
+        return {
+            "steps": self.steps, "guidance": self.guidance, **self.size, "dtype": self.dtype, "device": self.device
+        }  # fmt: skip
 
-def sampling_of(settings: EvaluationSettings, family: Family, size: tuple[int, int], device: str) -> Sampling:
+
+def sampling_of(
+    settings: EvaluationSettings, family: Family, size: Mapping[str, int | float | None], device: str
+) -> Sampling:
     """The settings, with the family's own where nobody chose."""
     return Sampling(
         steps=family.steps if settings.steps is None else settings.steps,
         guidance=family.guidance if settings.guidance is None else settings.guidance,
-        height=size[0],
-        width=size[1],
+        size=size,
         dtype=settings.dtype,
         device=device,
     )
+
+
+def parse_hearing(words: Sequence[str]) -> tuple[int | None, dict[str, int]]:
+    """(rate, rates by reward's spec) as a command line has them, `RATE` or `SPEC=RATE` each.
+
+    Raises:
+        InputError: No whole number, or one thing twice.
+    """
+    found: dict[str, int] = {}
+    for word in words:
+        spec, _, rate = word.rpartition("=")
+        if not rate.isdigit():
+            raise InputError(f"heard_hz must be a number of samples a second, or SPEC=NUMBER, got {word!r}")
+        if spec in found:
+            raise InputError(f"heard_hz must be given once for each reward, got {word!r} again")
+        found[spec] = int(rate)
+    return found.pop("", None), found
 
 
 def batch_size(asked: int | None, shape: tuple[int, int, int]) -> int:
@@ -99,9 +135,19 @@ def batch_size(asked: int | None, shape: tuple[int, int, int]) -> int:
     return max(1, min(_MOST_IMAGES, _LATENT_PIXELS // (shape[1] * shape[2])))
 
 
-def as_table(settings: EvaluationSettings, sampling: Sampling | None, batch: int | None) -> dict[str, Any]:
+def as_table(
+    settings: EvaluationSettings,
+    sampling: Sampling | None,
+    batch: int | None,
+    size: Mapping[str, int | float | None],
+) -> dict[str, Any]:
     """`settings` of results.json: what was used, not what was left open."""
     used = {name: getattr(settings, name) for name in EvaluationSettings.__dataclass_fields__}
-    used |= {"images_per_prompt": settings.seeds, "batch_size": batch, "sweep": list(settings.sweep)}
-    names = ("steps", "guidance", "height", "width")
-    return used | {name: None if sampling is None else getattr(sampling, name) for name in names}
+    used |= {
+        "heard_hz_of": dict(settings.heard_hz_of),
+        "images_per_prompt": settings.seeds,
+        "batch_size": batch,
+        "sweep": list(settings.sweep),
+    }
+    names = ("steps", "guidance")
+    return used | {name: None if sampling is None else getattr(sampling, name) for name in names} | dict(size)

@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign.evaluate import views
+from diffalign.evaluate.media import PICTURES, Medium
 from diffalign.evaluate.results import PROTOCOL, ROLES, Comparison, Results, verdict
-from diffalign.evaluate.wording import difference, number, p_value, percent, rating, spread
+from diffalign.evaluate.wording import between, difference, number, p_value, percent, rating, spread
 
 _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<>|#"})
 
 
-def write_summary(results: Results, folder: Path) -> Path:
+def write_summary(results: Results, folder: Path, medium: Medium = PICTURES) -> Path:
     """Writes summary.md into an evaluation's folder."""
     file = folder / "summary.md"
-    file.write_text(summary(results), encoding="utf-8")
+    file.write_text(summary(results, medium), encoding="utf-8")
     return file
 
 
-def summary(results: Results) -> str:
+def summary(results: Results, medium: Medium = PICTURES) -> str:
     """The headline, held-out rewards first; every reward with its interval; flags; the protocol."""
     parts = ["## Evaluation"]
     for comparison in results.comparisons:
@@ -27,7 +28,9 @@ def summary(results: Results) -> str:
         parts += _flags(comparison)
     if results.ratings:
         parts.append(_ratings(results))
-    parts.append(_protocol(results))
+    if results.sets:
+        parts.append(_sets(results, medium))
+    parts.append(_protocol(results, medium))
     return "\n\n".join(parts) + "\n"
 
 
@@ -83,10 +86,29 @@ def _ratings(results: Results) -> str:
     return _rows(rows)
 
 
-def _protocol(results: Results) -> str:
+def _sets(results: Results, medium: Medium) -> str:
+    rows = [
+        [
+            f"Whole sets of {medium.folder}, higher is better",
+            *results.arms,
+            "Difference (95 %)",
+            medium.folder.capitalize(),
+        ],
+        ["---", *["---:"] * (len(results.arms) + 2)],
+    ]
+    for found in views.whole_sets(results):
+        scores = [number(found.by_arm[arm].score) if arm in found.by_arm else "-" for arm in results.arms]
+        apart = "; ".join(
+            f"{between(d)}{'' if len(found.differences) == 1 else f' {d.arm}'}" for d in found.differences
+        )
+        rows.append([found.name, *scores, apart or "-", found.samples])
+    return _rows(rows)
+
+
+def _protocol(results: Results, medium: Medium) -> str:
     """One line: enough to see whether two evaluations may be compared."""
     settings, sampler = results.settings, views.sampler(results)
-    seeds = "one image each" if results.n_seeds == 1 else f"{results.n_seeds} images each"
+    seeds = f"one {medium.one} each" if results.n_seeds == 1 else f"{results.n_seeds} {medium.folder} each"
     noise = " from the same noise in all arms" if results.latents_sha256 else ""
     parts = [
         f"{results.n_prompts:,} prompts ({results.prompt_set['name']}, sha256 {results.prompt_set['sha256'][:12]}), "
@@ -94,7 +116,7 @@ def _protocol(results: Results) -> str:
     ]
     if sampler:
         parts.append(f"{sampler.removesuffix('Scheduler')}, {settings['steps']} steps, guidance {settings['guidance']}")
-    parts += [f"{settings['width']} x {settings['height']} pixels", "intervals are 95 % over prompts"]
+    parts += [medium.size(settings), "intervals are 95 % over prompts"]
     version = results.environment["packages"]["diffalign"]
     return _plain(f"Protocol {PROTOCOL}: {'; '.join(parts)}; diffalign {version}.")
 

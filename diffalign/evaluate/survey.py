@@ -1,4 +1,4 @@
-"""One pass over the images of two arms: everything that is measured of an image without a reward."""
+"""One pass over the images or clips of two arms: everything that is measured of one without a reward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffalign.evaluate.diversity import unit_rows
-from diffalign.evaluate.drift import pixel_distance, same_seed_cosine, same_seed_distance
+from diffalign.evaluate.drift import same_seed_cosine, same_seed_distance
 from diffalign.evaluate.findings import Paired, by_prompt
 from diffalign.evaluate.lazy import PairedImages
-from diffalign.evaluate.low_level import low_level
+from diffalign.evaluate.media import PICTURES, Medium
 from diffalign.progress import Bar
 from diffalign.rewards.lpips import PerceptualDistance
 from diffalign.types import MediaEncoder
@@ -27,13 +27,15 @@ class Survey:
     low_level: dict[str, tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]]
     """(arm, base) by statistic."""
     pixel: Float[np.ndarray, " n"]
-    """Mean absolute difference of an image from its base's."""
+    """How far an image is from its base's, as the medium measures it: mean absolute difference of pixels."""
     embeddings: tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]] | None = None
     """(arm, base), unit rows; None without an encoder."""
     encoder: str | None = None
     """Version of the encoder."""
     perceptual: Float[np.ndarray, " n"] | None = None
     """Perceptual distance of an image from its base's; None without such a distance."""
+    medium: Medium = PICTURES
+    """What was looked at."""
 
     @property
     def cosine(self) -> Float[np.ndarray, " n"] | None:
@@ -68,11 +70,11 @@ def survey(
     """
     columns: dict[str, list[Tensor]] = {}
     for rows, arm, base in images.batches(batch_size):
-        found = {"pixel": pixel_distance(arm, base)}
+        found = {"pixel": images.medium.moved(arm, base)}
         for side, batch in (("arm", arm), ("base", base)):
-            found |= {f"{side}.{name}": values for name, values in low_level(batch).items()}
+            found |= {f"{side}.{name}": values for name, values in images.medium.statistics(batch).items()}
             if encoder is not None:
-                found[f"{side}.embedding"] = unit_rows(encoder, batch)
+                found[f"{side}.embedding"] = unit_rows(encoder, images.medium.asked(batch))
         if perceptual is not None:
             found["perceptual"] = same_seed_distance(arm, base, perceptual)
         for name, values in found.items():
@@ -91,4 +93,5 @@ def survey(
         embeddings=embeddings,
         encoder=None if encoder is None else encoder.version,
         perceptual=arrays.get("perceptual"),
+        medium=images.medium,
     )

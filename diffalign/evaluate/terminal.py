@@ -11,7 +11,7 @@ from rich.text import Text
 
 from diffalign.evaluate import views
 from diffalign.evaluate.results import ROLES, Comparison, Results, direction, verdict
-from diffalign.evaluate.wording import number, p_value, percent, rating, tied
+from diffalign.evaluate.wording import between, number, p_value, percent, rating, tied
 
 _SHORT = 10
 """Longest name of an arm that heads a column."""
@@ -70,12 +70,14 @@ def _sets(results: Results) -> Table:
     table.add_column("reward", overflow="fold")
     for arm in results.arms:
         table.add_column(escape(arm), justify="right", overflow="fold")
-    table.add_column("images", justify="right", no_wrap=True)
-    for reward in dict.fromkeys(one.reward for one in results.sets):
-        mine = {one.arm: one for one in results.sets if one.reward == reward}
-        scores = [number(mine[arm].score) if arm in mine else "-" for arm in results.arms]
-        counts = ", ".join(dict.fromkeys(str(one.samples) for one in mine.values()))
-        table.add_row(escape(reward), *map(_plain, scores), counts)
+    apart = bool(results.set_differences) and len(results.arms) == 2
+    if apart:
+        table.add_column("difference, 95 %", justify="right", overflow="fold")
+    table.add_column("samples", justify="right", no_wrap=True)
+    for found in views.whole_sets(results):
+        scores = [number(found.by_arm[arm].score) if arm in found.by_arm else "-" for arm in results.arms]
+        said = [" ".join(map(between, found.differences)) or "-"] if apart else []
+        table.add_row(escape(found.name), *map(_plain, (*scores, *said)), found.samples)
     return table
 
 

@@ -9,7 +9,19 @@ import numpy as np
 from diffalign.evaluate.comparison import matrix
 from diffalign.evaluate.curves import Chart
 from diffalign.evaluate.plots import Cloud, Dot, Path, figure
-from diffalign.evaluate.results import ROLES, Check, Comparison, Measured, Rating, Results, RewardResult, Role, Sweep
+from diffalign.evaluate.results import (
+    ROLES,
+    Check,
+    Comparison,
+    Measured,
+    Rating,
+    Results,
+    RewardResult,
+    Role,
+    SetDifference,
+    SetResult,
+    Sweep,
+)
 from diffalign.evaluate.score import Table
 from diffalign.evaluate.stats import per_prompt
 from diffalign.evaluate.wording import number, percent, spread
@@ -208,8 +220,8 @@ def _changes(table: Table, comparison: Comparison, reward: str) -> np.ndarray:
     return out
 
 
-def drifts(results: Results) -> list[Chart]:
-    """Win rates by every reward against how far an arm's images moved from the base's."""
+def drifts(results: Results, one: str = "image") -> list[Chart]:
+    """Win rates by every reward against how far an arm's samples moved from the base's."""
     found = versus_base(results)
     metrics = dict.fromkeys(d.metric for c in found for d in c.drift)
     roles = [role for role in ROLES if any(of_role(c, role) for c in found)]
@@ -219,13 +231,13 @@ def drifts(results: Results) -> list[Chart]:
             title=metric,
             about="win rate by each reward in percent, base at 50",
             legend=legend,
-            svg=_drift(found, metric),
+            svg=_drift(found, metric, one),
         )
         for metric in metrics
     ]
 
 
-def _drift(comparisons: Sequence[Comparison], metric: str) -> str:
+def _drift(comparisons: Sequence[Comparison], metric: str, one: str) -> str:
     moved = [(c, d) for c in comparisons for d in c.drift if d.metric == metric]
     dots = [
         Dot(
@@ -242,12 +254,48 @@ def _drift(comparisons: Sequence[Comparison], metric: str) -> str:
     return figure(
         f"Win rate against {metric}",
         dots,
-        x_name=f"{metric}, to the base's image of the same noise",
+        x_name=f"{metric}, to the base's {one} of the same noise",
         y_name="win rate, %",
         x_mark=0.0,  # where an arm that did not move would be
         y_mark=50.0,
         columns=[(d.mean, c.arm) for c, d in moved],
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeSet:
+    """What a reward of whole sets says of all arms."""
+
+    name: str
+    version: str
+    by_arm: Mapping[str, SetResult]
+    differences: tuple[SetDifference, ...]
+
+    @property
+    def samples(self) -> str:
+        return ", ".join(dict.fromkeys(str(one.samples) for one in self.by_arm.values()))
+
+
+def whole_sets(results: Results) -> list[WholeSet]:
+    """By reward, in the order in which they were asked for."""
+    found = []
+    for spec in dict.fromkeys(one.spec for one in results.sets):
+        mine = {one.arm: one for one in results.sets if one.spec == spec}
+        first = next(iter(mine.values()))
+        found.append(
+            WholeSet(
+                name=set_name(results, first),
+                version=first.version,
+                by_arm=mine,
+                differences=tuple(d for d in results.set_differences if d.spec == spec),
+            )
+        )
+    return found
+
+
+def set_name(results: Results, found: SetResult) -> str:
+    """A reward of whole sets among others: its name, or its spec where two have one name."""
+    return found.reward if len({s.spec for s in results.sets if s.reward == found.reward}) == 1 else found.spec
 
 
 def sweep_charts(sweep: Sweep, colours: Mapping[str, str]) -> list[Chart]:

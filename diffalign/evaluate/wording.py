@@ -2,7 +2,7 @@
 
 import math
 
-from diffalign.evaluate.results import Measured, Rating
+from diffalign.evaluate.results import Measured, Rating, SetDifference
 
 
 def percent(share: float) -> str:
@@ -42,6 +42,14 @@ def difference(measured: Measured) -> str:
         return signed(measured.mean_difference)
     digits = _digits(high - low, 3)
     return f"{signed(measured.mean_difference, digits)} ({signed(low, digits)} to {signed(high, digits)})"
+
+
+def between(found: SetDifference) -> str:
+    """A difference of two sets with its interval, as `difference` gives that of means."""
+    if found.low is None or found.high is None:
+        return signed(found.difference)
+    digits = _digits(found.high - found.low, 3)
+    return f"{signed(found.difference, digits)} ({signed(found.low, digits)} to {signed(found.high, digits)})"
 
 
 def p_value(p: float) -> str:

@@ -14,16 +14,18 @@ from diffalign.evaluate import preflight, sets, sweep
 from diffalign.evaluate.arms import Aligned, Arm, find_arms
 from diffalign.evaluate.comparison import Judge, compare, ratings
 from diffalign.evaluate.examine import Examiner, encoder_of
+from diffalign.evaluate.form import Form, form_of
 from diffalign.evaluate.images import Plan, Studio, check_pairs, plan_of, take_over, write_metadata
 from diffalign.evaluate.judging import score_rows
+from diffalign.evaluate.media import Medium
 from diffalign.evaluate.processes import Processes, own_device
 from diffalign.evaluate.report import write_report
 from diffalign.evaluate.results import PROTOCOL, Comparison, Results, Sweep, Tier, write_results
 from diffalign.evaluate.roles import assign
 from diffalign.evaluate.score import Table, write_table
-from diffalign.evaluate.settings import EvaluationSettings, Sampling, as_table, batch_size, sampling_of
+from diffalign.evaluate.settings import EvaluationSettings, Sampling, as_table, sampling_of
 from diffalign.evaluate.summary import write_summary
-from diffalign.models.load import ModelSource, detect_family, load_net_config, load_pipeline
+from diffalign.models.load import ModelSource, detect_family, load_pipeline
 from diffalign.rewards import OnDevice, load_encoder
 from diffalign.types import MediaEncoder, Reward, SetReward
 
@@ -48,7 +50,7 @@ class Work:
     settings: EvaluationSettings
     sampling: Sampling | None
     """None where all arms are finished images."""
-    size: tuple[int, int]
+    form: Form
     batch: int | None
     digests: Mapping[str, str]
     device: torch.device
@@ -57,7 +59,7 @@ class Work:
 
     def images(self, plan: Plan, guidance: float | None = None) -> Table:
         """One row per image of all arms, made where they are lacking; at another guidance in a folder of its own."""
-        place = "images" if guidance is None else f"sweep/g{guidance:g}"
+        place = self.form.medium.folder if guidance is None else f"sweep/g{guidance:g}"
         table: Table = {}
         for arm in self.arms:
             with self.processes.together():
@@ -70,14 +72,21 @@ class Work:
 
     def scores(self, table: Table, plan: Plan) -> Table:
         """Columns of scores for a table of images."""
-        return score_rows(self.rewards, table, plan.prompts, self.folder, self.device, self.processes)
+        return score_rows(
+            self.rewards, table, plan.prompts, self.folder, self.device, self.processes, self.form.medium, self.media
+        )
 
     def check(self, table: Table) -> None:
         """Arms started from the same noise, and metadata.jsonl says so beside their images."""
         check_pairs(table, [arm.name for arm in self.arms])
         if self.processes.main:
             for arm in self.arms:
-                write_metadata(table, arm.name, self.folder)
+                write_metadata(table, arm.name, self.folder, self.form.medium)
+
+    @property
+    def media(self) -> dict[str, Medium]:
+        """What each reward gets, by its name."""
+        return {judge.name: self.form.of(judge.spec) for judge in self.judges}
 
     def sweeps(self) -> dict[float, Table]:
         """Scored tables of the quick prompts by guidance."""
@@ -99,6 +108,15 @@ class Work:
         with_base = len(names) - 1
         compared = [self._compare(table, *pair) for pair in self._pairs()]
         compared[:with_base] = [self.examiner().examine(one, table) for one in compared[:with_base]]
+        of_sets = sets.Sets(
+            rewards=self.sets,
+            table=table,
+            folder=self.folder,
+            reference=self.settings.reference,
+            medium=self.form.medium,
+            media=self.form.media,
+            seed=self.settings.seed,
+        )
         found = Results(
             arms=tuple(names),
             n_prompts=len(asked),
@@ -106,19 +124,18 @@ class Work:
             tier=cast(Tier, self.settings.tier),
             comparisons=tuple(compared),
             ratings=ratings(table, names, rewards, seed=self.settings.seed) if len(names) > 2 else (),
-            sets=sets.score_sets(self.sets, table, self.folder, self.settings.reference) if self.sets else (),
+            sets=of_sets.score() if self.sets else (),
+            set_differences=of_sets.compare(self._pairs()) if self.sets else (),
             sweep=self._summary(sweeps) if sweeps else None,
             prompt_set={"name": asked.name, "sha256": asked.sha256, "duplicates_dropped": self.repeated},
-            settings={
-                **as_table(self.settings, self.sampling, self.batch), "height": self.size[0], "width": self.size[1]
-            },
+            settings=as_table(self.settings, self.sampling, self.batch, self.form.size),
             models={arm.name: self._about(arm) for arm in self.arms},
             latents_sha256=check_pairs(table, names),
             environment=environment.describe(self.device),
             manifest=self.manifest(),
         )  # fmt: skip
-        write_report(found, table, self.folder, preflight.labels_of(asked))
-        write_summary(found, self.folder)
+        write_report(found, table, self.folder, preflight.labels_of(asked), self.form.medium)
+        write_summary(found, self.folder, self.form.medium)
         write_results(found, self.folder / preflight.RESULTS_FILE)
         return found
 
@@ -129,9 +146,11 @@ class Work:
             prompts=self.plan.prompts.prompts,
             strata=next(iter(labels.values()), None),
             rewards=self.rewards,
-            encoder=self.encoder or encoder_of(self.rewards),
+            encoder=self.encoder or encoder_of(self.rewards, self.form.medium.modality),
             folder=self.folder,
             seed=self.settings.seed,
+            medium=self.form.medium,
+            media=self.media,
         )
 
     def manifest(self) -> dict[str, Any]:
@@ -143,13 +162,13 @@ class Work:
             "tier": self.settings.tier,
             "prompts": {"name": asked.name, "sha256": asked.sha256, "count": len(asked)},
             "seeds": self.settings.seeds,
-            "sampling": None if self.sampling is None else asdict(self.sampling),
+            "sampling": None if self.sampling is None else self.sampling.table,
             "arms": {arm.name: {"spec": arm.spec, "digest": self.digests[arm.name]} for arm in self.arms},
         }
 
     def _images_of(self, arm: Arm, plan: Plan, guidance: float | None, place: str) -> Table:
         if arm.source is None:
-            return take_over(arm, plan, self.folder)
+            return take_over(arm, plan, self.folder, self.form.medium)
         self._studio(arm).make(plan, self._sampling(guidance), place)
         return {}
 
@@ -161,6 +180,7 @@ class Work:
             device=self.device,
             batch_size=self.batch or 1,
             processes=self.processes,
+            form=self.form,
         )
 
     def _sampling(self, guidance: float | None) -> Sampling:
@@ -191,7 +211,11 @@ class Work:
         """An arm for results.json."""
         about = {"spec": arm.spec, "digest": self.digests[arm.name], "run": arm.run and str(arm.run)}
         if arm.source is None:
-            return about | {"source": None, "images": str(arm.images), "scheduler": {"class": "finished images"}}
+            return about | {
+                "source": None,
+                "images": str(arm.images),
+                "scheduler": {"class": f"finished {self.form.medium.folder}"},
+            }
         pipeline = load_pipeline(arm.source, only=())
         detect_family(arm.source).use_sampler(pipeline)
         config = {k: _as_json(v) for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
@@ -217,16 +241,16 @@ def prepare(
     arms = find_arms(base, aligned)
     plugins, judges, of_sets = preflight.load_judges(rewards, roles)
     models = {arm.name: arm.source for arm in arms if arm.source is not None}
-    size = preflight.image_size(arms, preflight.common_size(models) if models else None)
+    form = form_of(arms, settings, [*(judge.spec for judge in judges), *of_sets])
     sampling, batch = None, None
     if models:
-        first = next(iter(models.values()))
-        family = detect_family(first)
-        sampling = sampling_of(settings, family, size, device.type)
-        batch = batch_size(settings.batch_size, family.latent_shape(load_net_config(first, family)))
-    preflight.rehearse(plugins, asked, size)
-    sets.prepare(of_sets, settings.reference, device)
+        sampling = sampling_of(settings, detect_family(next(iter(models.values()))), form.size, device.type)
+        batch = settings.batch_size or form.batch
+    preflight.rehearse(plugins, judges, asked, form)
+    sets.prepare(of_sets, settings.reference, device, form, len(asked) * settings.seeds)
     named = None if settings.encoder is None else load_encoder(settings.encoder)
+    if settings.encoder is not None and named is not None:
+        preflight.check_encoder(named, settings.encoder, form.medium)
     if isinstance(named, OnDevice):
         named.to(device)
     preflight.check_arms(arms, settings.sweep)
@@ -241,7 +265,7 @@ def prepare(
         declared=dict(roles),
         settings=settings,
         sampling=sampling,
-        size=size,
+        form=form,
         batch=batch,
         digests={arm.name: arm.digest() for arm in arms},
         device=device,

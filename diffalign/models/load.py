@@ -261,11 +261,13 @@ def load_context(
     resolution: int | None = None,
     seconds: float | None = None,
     guidance: float | None = None,
+    where: str = "config.data.",
 ) -> Context:
     """What the denoiser is told of images of this side, in pixels, or of clips of this length.
 
     Args:
         resolution: None is the side that the model was made for.
+        where: What stands before the name of a size in a message.
 
     Raises:
         InputError: The model does not make that, or a guidance is given to a network that is told none.
@@ -287,7 +289,7 @@ def load_context(
         known = {"vae": lambda: load_vae_config(source), family.net: lambda: load_net_config(source, family)}
         return known[name]() if name in known else _load_config(AutoencoderKL, source, name)
 
-    return replace(family.size(family, configs, resolution=resolution, seconds=seconds), guidance=guidance)
+    return replace(family.size(family, configs, resolution=resolution, seconds=seconds, where=where), guidance=guidance)
 
 
 def load_scheduler_config(source: ModelSource) -> dict[str, Any]:

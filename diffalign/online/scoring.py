@@ -13,6 +13,7 @@ from torch import Tensor
 from diffalign import rewards
 from diffalign.errors import InputError, RunError
 from diffalign.evaluate.media import PICTURES, Medium
+from diffalign.evaluate.media import check_takes as check_takes
 from diffalign.evaluate.score import check_valid, columns_of
 from diffalign.online.settings import OnlineSettings
 from diffalign.online.store import Entry, Store
@@ -71,16 +72,6 @@ def load_judges(settings: OnlineSettings, medium: Medium = PICTURES) -> Judges:
         check_takes(reward, "online.rewards", medium)
     weights = dict(zip(names, settings.weights or (1.0,) * len(names), strict=True))
     return Judges(pointwise=pointwise, weights=weights, of_sets=_set_reward(settings, medium), medium=medium)
-
-
-def check_takes(reward: Reward | SetReward, where: str, medium: Medium = PICTURES) -> None:
-    """Raises InputError for a reward, named at `where`, that looks at what a run does not have of its samples."""
-    missing = sorted(reward.requires - medium.fields - {"prompts", "metadata"})
-    if missing or reward.modality != medium.modality:
-        what = f"{missing[0]}" if missing else reward.modality
-        raise InputError(
-            f"{where} must judge {medium.folder} and prompts alone, got {reward.name!r}, which also needs {what}"
-        )
 
 
 def _set_reward(settings: OnlineSettings, medium: Medium) -> SetReward | None:

@@ -47,15 +47,21 @@ def mono_clips(
     for i, clip in enumerate(clips):
         if clip.dim() != 2 or clip.shape[0] != 1:
             raise InputError(
-                f"audio[{i}] must be mono, shape (1, samples), for {reward!r}, got {tuple(clip.shape)}; "
+                f"{_named(batch, i)} must be mono, shape (1, samples), for {reward!r}, got {tuple(clip.shape)}; "
                 "average its channels first: diffalign.rewards.audio.to_mono(clip)"
             )
         if clip.shape[1] < shortest:
             raise InputError(
-                f"audio[{i}] must have at least {shortest} samples ({shortest / rate_hz:g} s) for {reward!r}, "
+                f"{_named(batch, i)} must have at least {shortest} samples ({shortest / rate_hz:g} s) for {reward!r}, "
                 f"got {clip.shape[1]}"
             )
     return [clip[0] for clip in clips]
+
+
+def _named(batch: RewardBatch, place: int) -> str:
+    """A clip in words, with its file where one is known."""
+    file = None if batch.metadata is None else batch.metadata[place].get("file")
+    return f"audio[{place}]" if file is None else f"audio[{place}] ({str(file)!r})"
 
 
 def silent(clips: Sequence[Float[Tensor, "c _"]]) -> Bool[Tensor, " b"]:

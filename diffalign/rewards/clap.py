@@ -22,6 +22,7 @@ from diffalign.rewards.cosine import SCALES, scale_of
 from diffalign.rewards.inputs import check_batch
 from diffalign.rewards.log_mel import magnitudes
 from diffalign.rewards.networks import pinned, reading, whole_network
+from diffalign.shipped import MODELS, resolve
 from diffalign.types import Embedded, Modality, RewardBatch, RewardOutput
 
 DEFAULT_MODEL = "laion/clap-htsat-unfused"
@@ -44,7 +45,8 @@ class CLAPEncoder:
     """CLAP's unit embeddings of 48 kHz mono clips and of prompts, one row per window of 10 s.
 
     Models: laion/clap-htsat-unfused, laion/larger_clap_general, laion/larger_clap_music,
-    laion/larger_clap_music_and_speech (Apache-2.0), or a folder. Weights are read at the first use, from safetensors.
+    laion/larger_clap_music_and_speech (Apache-2.0), tiny-clap (of the tiny world's sounds: clips at 16 kHz, windows of
+    1.536 s), or a folder. Weights are read at the first use, from safetensors.
 
     A clip of at most one window is repeated and zero padded to it, as in the published front ends ("repeatpad"). A
     longer one is cut every `hop_seconds` (a window's length by default); the last window ends with the clip, so all of
@@ -69,7 +71,7 @@ class CLAPEncoder:
         device: torch.device | str = "cpu",
         parts: CLAPParts | None = None,
     ) -> None:
-        """Names a model: a folder or a hub id; or takes loaded `parts` as they are."""
+        """Names a model: a shipped name ("tiny-clap"), a folder or a hub id; or takes loaded `parts` as they are."""
         if pooling not in _POOLINGS:
             raise InputError(f"encoder clap: pooling must be known, got {pooling!r}{near_match(pooling, _POOLINGS)}")
         self.model, self.revision = model, revision
@@ -85,11 +87,12 @@ class CLAPEncoder:
     def parts(self) -> CLAPParts:
         from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 
+        path = resolve(self.model, MODELS)
         kind, read = "a CLAP model in safetensors", partial(ClapModel.from_pretrained, use_safetensors=True)
-        net = whole_network(read, self.model, self.revision, where="reward model", kind=kind)
-        with reading(f"reward model must be {kind}", self.model):
-            extractor = ClapFeatureExtractor.from_pretrained(self.model, revision=self.revision)
-            tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
+        net = whole_network(read, path, self.revision, where="reward model", kind=kind)
+        with reading(f"reward model must be {kind}", path):
+            extractor = ClapFeatureExtractor.from_pretrained(path, revision=self.revision)
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=self.revision)
         parts = CLAPParts(net=net.to(self.device), extractor=extractor, tokenizer=tokenizer)
         _check_parts(parts, self.model)
         return parts

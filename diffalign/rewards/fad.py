@@ -47,17 +47,16 @@ def fad_infinity(x: Embedded, y: Side, *, points: int = 15, shuffles: int = 5, s
         seed: Of the orders.
 
     Raises:
-        InputError: Too few clips for two sizes above D.
+        InputError: Too few clips for two sizes above D; `enough` tells.
 
     Paper: Chong and Forsyth, "Effectively Unbiased FID and Inception Score and where to find them", arXiv 1911.07023.
     Departs: Subsets of one shuffle are nested, from N = total / 5 on instead of 5,000, and several shuffles are
     averaged; fadtk draws with replacement, which keeps the bias at N = total.
     """
     total, width, clips = len(x.rows), x.rows.shape[1], len(x.counts)
-    least = max(width + 1, total / 5)
-    fewest = max(2, -int(-least * clips // total)) if total else 2
+    fewest = _fewest(x)
     sizes = sorted({round(v) for v in torch.linspace(fewest, clips, points, dtype=torch.float64).tolist()})
-    if points < 2 or shuffles < 1 or fewest >= clips or total <= width + 1:
+    if points < 2 or shuffles < 1 or not enough(x):
         raise InputError(
             f"FAD-infinity must have subsets of different size with more than {width} embeddings, got {total} "
             f"embeddings of {clips} clips, {points} points and {shuffles} shuffles"
@@ -75,6 +74,17 @@ def fad_infinity(x: Embedded, y: Side, *, points: int = 15, shuffles: int = 5, s
             counts[shuffle, place] = moments.n
             found[shuffle, place] = frechet_distance(moments, reference)
     return _line(counts, found)
+
+
+def enough(x: Embedded) -> bool:
+    """Whether a set has subsets of two sizes above D."""
+    return _fewest(x) < len(x.counts) and len(x.rows) > x.rows.shape[1] + 1
+
+
+def _fewest(x: Embedded) -> int:
+    """Clips of the smallest subset."""
+    total, clips = len(x.rows), len(x.counts)
+    return max(2, -int(-max(x.rows.shape[1] + 1, total / 5) * clips // total)) if total else 2
 
 
 def _line(counts: Float64[Tensor, "s p"], found: Float64[Tensor, "s p"]) -> FADInfinity:
@@ -142,3 +152,8 @@ class FADReward(FrechetDistance):
         """FAD-infinity of all batches together."""
         embedded = self.space.collect(batches).embedded
         return fad_infinity(embedded, self.held(embedded.rows), points=points, shuffles=shuffles, seed=seed)
+
+    @torch.no_grad()
+    def endless(self, embedded: Embedded) -> FADInfinity | None:
+        """FAD-infinity of a set that is embedded already; None where it has too few clips for its width."""
+        return fad_infinity(embedded, self.held(embedded.rows)) if enough(embedded) else None

@@ -12,7 +12,7 @@ nuclear norm needs no more of the set's covariance S than F^T S F.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -104,6 +104,13 @@ def per_sample(x: Embedded, y: Gaussian) -> Float64[Tensor, " b"]:
         )
     known = y if y.factored else Gaussian.from_factor(y.mean, y.factor, y.n)
     return torch.stack([frechet_distance(x.rows[piece], known, route="factor") for piece in pieces(x.counts)])
+
+
+def _own(x: Embedded, y: Gaussian) -> Float64[Tensor, " b"]:
+    return -per_sample(x, y)
+
+
+_WAYS: dict[str, Callable[[Embedded, Gaussian], Tensor]] = {"loo": leave_one_out, "influence": influence, "self": _own}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -273,9 +280,13 @@ class FrechetDistance(ABC):
     @torch.no_grad()
     def credit(self, batch: RewardBatch, mode: str = "loo") -> Float[Tensor, " b"]:
         """What each sample does for the distance of the batch; "self" is minus its own distance."""
-        ways = {"loo": leave_one_out, "influence": influence, "self": lambda x, y: -per_sample(x, y)}
-        way = credit_of(mode, ways)
-        embedded = self.space.embed(batch)
+        credit_of(mode, _WAYS)
+        return self.credit_rows(self.space.embed(batch), mode)
+
+    @torch.no_grad()
+    def credit_rows(self, embedded: Embedded, mode: str = "loo") -> Float[Tensor, " b"]:
+        """`credit` of a set that is embedded already."""
+        way = credit_of(mode, _WAYS)
         return way(embedded, self.held(embedded.rows)).float().to(embedded.rows.device)
 
     def held(self, like: Side | None = None) -> Gaussian:

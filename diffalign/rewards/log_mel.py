@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from diffalign.errors import InputError
+from diffalign.errors import InputError, near_match
 from diffalign.rewards.audio import mono_clips
 from diffalign.types import Embedded, Modality, RewardBatch
 
+_OF = ("clips", "frames")
 _LEAST_VARIANCE = 1e-12
 _STRIDE = 5
 """Frames over which a rise is measured, and over which both its ends are averaged."""
@@ -44,25 +45,36 @@ def htk_filters(*, rate_hz: int, fft: int, bands: int, low_hz: float, high_hz: f
 
 
 class LogMelEncoder:
-    """Mean and deviation of a clip's log-mel bands over time, without weights: one row of 2 or 3 x `bands` a clip.
+    """Log-mel bands without weights: of a clip their mean and deviation over time, or of every frame the bands.
 
     Frames of 25 ms every 10 ms, ln(mel magnitude + 0.01), bands from 125 Hz to 7.5 kHz or to 15/16 of the highest
-    frequency there is. It hears level and colour of the sound and nothing of their order. A deviation is at least 1e-6,
-    and has no gradient there. `rises` adds how much each band rises within 50 ms, in all and per tenth of a second,
-    which grows with the rate of onsets.
+    frequency there is. `model` says what has a row. "clips": one of 2 or 3 x `bands` a clip, which hears level and
+    colour of the sound and nothing of their order. A deviation is at least 1e-6, and has no gradient there; `rises`
+    adds how much each band rises within 50 ms, in all and per tenth of a second, which grows with the rate of onsets.
+    "frames": one of `bands` a frame, so that a clip is a set by itself, as distances of single clips need it.
     """
 
     modality: Modality = "audio"
 
     def __init__(
-        self, *, rate_hz: int = 16_000, bands: int = 64, rises: bool = False, device: torch.device | str = "cpu"
+        self,
+        model: str = "clips",
+        *,
+        rate_hz: int = 16_000,
+        bands: int = 64,
+        rises: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """Names the rate of the clips to come, the bands to cut them into, and whether to count their rises."""
+        """Names what has a row, the rate of the clips to come, their bands, and whether to count their rises."""
+        if model not in _OF:
+            raise InputError(f"encoder log_mel: model must be clips or frames, got {model!r}{near_match(model, _OF)}")
+        if rises and model == "frames":
+            raise InputError("encoder log_mel: rises must be left out with model 'frames', for they are of whole clips")
         if rate_hz < 1000 or bands < 1:
             raise InputError(
                 f"encoder log_mel must have rate_hz of 1000 or more and at least 1 band, got {rate_hz} and {bands}"
             )
-        self.rate_hz, self.bands, self.rises = rate_hz, bands, rises
+        self.model, self.rate_hz, self.bands, self.rises = model, rate_hz, bands, rises
         self.device = torch.device(device)
         self._window, self._hop = round(rate_hz * 0.025), round(rate_hz * 0.01)
         self._fft = 1 << (self._window - 1).bit_length()
@@ -77,11 +89,12 @@ class LogMelEncoder:
 
     @property
     def version(self) -> str:
-        return f"log_mel, {self.bands} bands, {self.rate_hz} Hz{', rises' if self.rises else ''}"
+        frames = ", frames" if self.model == "frames" else ""
+        return f"log_mel{frames}, {self.bands} bands, {self.rate_hz} Hz{', rises' if self.rises else ''}"
 
     @property
     def width(self) -> int:
-        return (3 if self.rises else 2) * self.bands
+        return (1 if self.model == "frames" else 3 if self.rises else 2) * self.bands
 
     def to(self, device: torch.device | str) -> "LogMelEncoder":
         self.device = torch.device(device)
@@ -89,27 +102,30 @@ class LogMelEncoder:
 
     @torch.no_grad()
     def embed(self, batch: RewardBatch) -> Embedded:
-        """One row a clip."""
+        """One row a clip, or a frame."""
         return self.embed_with_graph(batch)
 
     def embed_with_graph(self, batch: RewardBatch) -> Embedded:
-        """One row a clip, with gradient to its samples."""
+        """The same rows with gradient to the samples."""
         clips = mono_clips(batch, self.version, rate_hz=self.rate_hz, shortest=self._shortest)
-        rows = [torch.zeros(0, self.width), *(self._row(clip)[None] for clip in clips)]
+        rows = [self._rows(clip) for clip in clips]
         home = clips[0].device if clips else self.device
-        return Embedded(rows=torch.cat([row.to(home) for row in rows]), counts=(1,) * len(clips))
+        joined = torch.cat([row.to(home) for row in (torch.zeros(0, self.width), *rows)])
+        return Embedded(rows=joined, counts=tuple(map(len, rows)))
 
     @property
     def _shortest(self) -> int:
         """Samples of one frame, or of the frames that one rise needs."""
         return self._window + (2 * _STRIDE - 1 if self.rises else 0) * self._hop
 
-    def _row(self, clip: Float[Tensor, " s"]) -> Float[Tensor, " d"]:
+    def _rows(self, clip: Float[Tensor, " s"]) -> Float[Tensor, "_n d"]:
         spectrum = magnitudes(clip.to(self.device), window=self._window, hop=self._hop, fft=self._fft)
         bands = torch.log(spectrum @ self._filters.to(self.device) + 0.01)
+        if self.model == "frames":
+            return bands.float()
         deviation = bands.var(0, correction=0).clamp(min=_LEAST_VARIANCE).sqrt()
         rises = [_rises(bands)] if self.rises else []
-        return torch.cat([bands.mean(0), deviation, *rises]).float()
+        return torch.cat([bands.mean(0), deviation, *rises])[None].float()
 
 
 def _rises(bands: Float64[Tensor, "f m"]) -> Float64[Tensor, " m"]:

@@ -1,6 +1,7 @@
 """`python -m diffalign.tiny build` makes the tiny world again from its seeds; `sounds` writes clips of it."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign.errors import InputError
@@ -9,8 +10,8 @@ from diffalign.tiny.build import STAGES, build
 from diffalign.tiny.exemplars import TABLES, write_clips
 
 
-def main() -> None:
-    """Reads the command line."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Does what the words say, those of the command line without any."""
     parser = argparse.ArgumentParser(prog="python -m diffalign.tiny")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("build", help="train and write everything that lies in assets/tiny/")
@@ -23,7 +24,7 @@ def main() -> None:
     two.add_argument("--split", choices=("train", "held_out"), default="train")
     for name, table in TABLES.items():
         two.add_argument(f"--{name}", choices=list(table), help="all clips have this")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.command == "build":
         build(arguments.out, arguments.only)
         return

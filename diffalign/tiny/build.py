@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffalign.tiny import pretrain, scenes, sounds
+from diffalign.tiny import build_sounds, pretrain, scenes, sounds
 from diffalign.tiny.pretrain import CATALOGUE, CLIP_MEAN, CLIP_STD, PAINTER
 
 BASES = ("sd", "sd3")
@@ -220,8 +220,12 @@ STAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "sd3": ("sd3/model_index.json", make_sd3),
     "prompts": ("prompts.jsonl", make_prompts),
     "sound-prompts": ("sound-prompts.jsonl", make_sound_prompts),
+    "sound-vae": ("audio/vae/config.json", build_sounds.make_sound_vae),
+    "clap": ("clap/config.json", build_sounds.make_clap),
+    "audio": ("audio/model_index.json", build_sounds.make_audio),
     "sd-pairs": ("preferences/sd.parquet", partial(make_preferences, family="sd")),
     "sd3-pairs": ("preferences/sd3.parquet", partial(make_preferences, family="sd3")),
     "measurements": ("measured.json", make_measurements),
     "sound-measurements": ("sounds-measured.json", make_sound_measurements),
+    "sound-model-measurements": ("sound-models-measured.json", build_sounds.make_sound_model_measurements),
 }

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -59,6 +60,8 @@ def write_clips(
 ) -> list[Path]:
     """Writes clips of a style as 16-bit WAV files, `metadata.jsonl` with their captions, and a contact sheet.
 
+    The folder comes into being whole, when all of it is written.
+
     Args:
         folder: Where to; it must be empty or not be there.
         count: Number of clips; the first ones of more clips are the same.
@@ -75,7 +78,9 @@ def write_clips(
         raise InputError(f"count must be at least 1, got {count}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"out must be an empty folder or not be there, got {str(folder)!r}")
-    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
     files, captions, shown = [], [], []
     for row in range(count):
         rng = np.random.default_rng([seed, row])
@@ -83,9 +88,15 @@ def write_clips(
         captions.append(sounds.caption(sound, rng))
         clip = playing.render(sound, rng, care)
         files.append(folder / f"{row:05d}.wav")
-        files[-1].write_bytes(wav(torch.from_numpy(clip)[None], RATE_HZ))
+        (fresh / files[-1].name).write_bytes(wav(torch.from_numpy(clip)[None], RATE_HZ))
         shown += [torch.from_numpy(clip)[None]] if row < SHEET else []
     lines = [json.dumps({"file_name": f.name, "prompt": c}) for f, c in zip(files, captions, strict=True)]
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    sheet(shown, captions[:SHEET], RATE_HZ).save(folder / "sheet.png")
+    (fresh / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sheet(shown, captions[:SHEET], RATE_HZ).save(fresh / "sheet.png")
+    fresh.replace(folder)
     return files
+
+
+def is_written(folder: Path) -> bool:
+    """Whether clips were written there."""
+    return (folder / "metadata.jsonl").is_file()

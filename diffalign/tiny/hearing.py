@@ -151,18 +151,22 @@ def _notes(level: Float[np.ndarray, " f"]) -> list[tuple[int, int]]:
             begun = None
     if begun is not None:
         found.append((begun, len(level) - 1))
-    notes = [_trimmed(level, begin, end) for begin, end in found]
+    earlier = [0, *(end for _, end in found)]
+    notes = [_trimmed(level, *ends, least) for ends, least in zip(found, earlier, strict=False)]
     kept = [(a - _REACH, b - _REACH) for a, b in notes if (b - a) * _HOP / RATE_HZ >= _LEAST_NOTE]
     loudest = int(level.argmax()) - _REACH
     return kept or [(loudest, loudest + 1)]
 
 
-def _trimmed(level: Float[np.ndarray, " f"], begin: int, end: int) -> tuple[int, int]:
-    """From where a note comes within 6 dB of its beginning's peak to where it leaves that of its end."""
+def _trimmed(level: Float[np.ndarray, " f"], begin: int, end: int, least: int) -> tuple[int, int]:
+    """From where a note comes within 6 dB of its beginning's peak to where it leaves that of its end.
+
+    It begins after frame `least`, where the note before it has ended: so no two notes begin at once.
+    """
     inside = level[begin : end + 1]
     first = inside[:_REACH].max() - 6.0
     last = inside[-_REACH - 4 :].max() - 6.0
-    while begin > 0 and level[begin - 1] >= first:
+    while begin > least and level[begin - 1] >= first:
         begin -= 1
     above = np.flatnonzero(level[begin : end + 1] >= first)
     below = np.flatnonzero(level[begin : end + 1] >= last)

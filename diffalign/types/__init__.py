@@ -36,6 +36,7 @@ from diffalign.types.rewards import RewardOutput as RewardOutput
 from diffalign.types.rewards import SetOutput as SetOutput
 from diffalign.types.rewards import SetReward as SetReward
 from diffalign.types.rewards import SetTally as SetTally
+from diffalign.types.rewards import SharedReward as SharedReward
 from diffalign.types.rewards import TalliedReward as TalliedReward
 from diffalign.types.rollouts import Trajectory as Trajectory
 from diffalign.types.rollouts import Transition as Transition

@@ -216,6 +216,15 @@ class SetReward(Protocol):
 
 
 @runtime_checkable
+class SharedReward(SetReward, Protocol):
+    """A reward of sets that tells what each sample did for a set whose rows are here."""
+
+    def credit_rows(self, embedded: Embedded, mode: Credit = "loo") -> Float[Tensor, " b"]:
+        """`credit` of a set, as `embed` gave it."""
+        ...
+
+
+@runtime_checkable
 class SetTally(Protocol):
     """What a set of some of a pool's samples is worth, kept up while they are exchanged for others of the pool."""
 
