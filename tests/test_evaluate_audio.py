@@ -288,7 +288,7 @@ def test_the_clip_that_spoils_a_set_is_the_worst_and_is_listed(models, tmp_path)
     [found] = held.score()
     assert found.worst[0].prompt_index == 4
     assert found.worst[0].credit < 0 < found.best[0].credit
-    assert len(found.best) == len(found.worst) == 3
+    assert len(found.best) == len(found.worst) == 4
     assert found.credit == "loo"
     without = [rounded(clip) for i, clip in enumerate(spoilt) if i != 4]
     left = held.rewards["fad"].score_set([RewardBatch(audio=without, sample_rate=RATE)]).score
@@ -364,8 +364,8 @@ def test_the_report_plays_and_draws_clips_and_fetches_nothing(evaluated):
     assert "Clips that nobody chose" in page
     assert "Clips that help and hurt a set most" in page
     assert page.count("<audio") == page.count("data:audio/wav") == page.count('<img src="data:image/png')
-    # 10 prompts of two arms, three of each end for two rewards and two arms, and the largest changes, of 3 prompts each
-    assert 20 + 24 < len(players(page)) <= 20 + 24 + 18
+    # 10 prompts of two arms, four of each end for two rewards and two arms, and the largest changes, of 3 prompts each
+    assert 20 + 32 < len(players(page)) <= 20 + 32 + 18
     rate, samples = read_wav_bytes(players(page)[0])
     assert (rate, samples.shape[-1]) == (RATE, SAMPLES)
     assert not re.search(r'(src|href)="(?!data:|#)', page)

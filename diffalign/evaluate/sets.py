@@ -29,7 +29,7 @@ from diffalign.types import Credit, Embedded, RewardBatch, SetReward, SharedRewa
 BATCH = 32
 MIN_PROMPTS = 8
 """Prompts below which no interval is given: resampling fewer says nothing about chance."""
-OUTLIERS = 3
+OUTLIERS = 4
 """Samples at either end of an arm's credits that are listed."""
 EXACT = 256
 """Samples up to which each is left out in turn; of more the first order is taken, which is as good there."""
