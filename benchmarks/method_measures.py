@@ -55,7 +55,9 @@ def captions(seed: int = PROMPT_SEED, count: int = PROMPTS) -> tuple[str, ...]:
     return tuple(found)
 
 
-def make_images(source: ModelSource, prompts: Sequence[str], net: nn.Module | None = None) -> Images:
+def make_images(
+    source: ModelSource, prompts: Sequence[str], net: nn.Module | None = None, *, guidance: float = GUIDANCE
+) -> Images:
     """One image a prompt by a model, or by a network in its place, from noise that belongs to the prompt."""
     pipeline = load_pipeline(source, net=net)
     made = generate(
@@ -63,7 +65,7 @@ def make_images(source: ModelSource, prompts: Sequence[str], net: nn.Module | No
         detect_family(source),
         prompts,
         steps=SAMPLER_STEPS,
-        guidance=GUIDANCE,
+        guidance=guidance,
         batch_size=IMAGE_BATCH,
     )
     return np.stack([(one.image * 255).round().byte().permute(1, 2, 0).numpy() for one in made])

@@ -27,7 +27,14 @@ from diffalign.config import dump, load
 from diffalign.environment import describe
 from diffalign.errors import RunError
 from diffalign.evaluate.score import read_image
-from diffalign.models.load import detect_family, load_context, load_net, load_pipeline, load_scheduler_config
+from diffalign.models.load import (
+    ModelSource,
+    detect_family,
+    load_context,
+    load_net,
+    load_pipeline,
+    load_scheduler_config,
+)
 from diffalign.settings import TrainConfig
 from diffalign.shipped import configs
 from diffalign.types import RewardBatch
@@ -39,6 +46,8 @@ RUNS = Path(__file__).parent / "online"
 TRIALS = CACHE / "online-trials"
 PICTURES = CACHE / "pictures"
 """The reference of rewards of sets."""
+GUIDANCE = 1.0
+"""Of all images: models draw as they were trained, without guidance. With it the base model is already much better."""
 GRADES = 10
 """The oracle grades as people do, in whole numbers: its score in [0, 1] times this."""
 
@@ -109,7 +118,8 @@ class OnlineCell:
 
 def protocol(prompt_seed: int = method_measures.PROMPT_SEED) -> dict[str, Any]:
     """What is the same for all cells."""
-    return {**method_runs.protocol(prompt_seed), "judges": online_measures.SCORED, "sets": "tiny-clip, true pictures"}
+    same = {**method_runs.protocol(prompt_seed), "guidance": GUIDANCE}
+    return {**same, "judges": online_measures.SCORED, "sets": "tiny-clip, true pictures"}
 
 
 def base_file(model: str, prompt_seed: int = method_measures.PROMPT_SEED) -> Path:
@@ -118,8 +128,12 @@ def base_file(model: str, prompt_seed: int = method_measures.PROMPT_SEED) -> Pat
 
 
 def base_images(model: str, prompt_seed: int) -> method_measures.Images:
-    """What the base model drew of the captions, as `prepare_base` left it; the method table's own images."""
-    return np.load(CACHE / model / f"base-{digest(method_runs.protocol(prompt_seed))}.npz")["images"]
+    """What the base model drew of the captions, as `prepare_base` left it."""
+    return np.load(_images_file(model, prompt_seed))["images"]
+
+
+def _images_file(model: str, prompt_seed: int) -> Path:
+    return CACHE / model / f"online-base-{digest(protocol(prompt_seed))}.npz"
 
 
 def prepare_base(model: str, prompt_seed: int) -> None:
@@ -128,9 +142,10 @@ def prepare_base(model: str, prompt_seed: int) -> None:
     draw_pictures(PICTURES)
     wanted, file = digest(protocol(prompt_seed)), base_file(model, prompt_seed)
     known = method_runs.read(file)
-    if known is not None and known["digest"] == wanted:
+    if known is not None and known["digest"] == wanted and _images_file(model, prompt_seed).is_file():
         return
-    images, prompts = base_images(model, prompt_seed), method_measures.captions(prompt_seed)
+    prompts = method_measures.captions(prompt_seed)
+    images = method_measures.make_images(ModelSource(path=model), prompts, guidance=GUIDANCE)
     scores, attributes = online_measures.judge(images, prompts)
     embedded = method_measures.embed(images)
     numbers = online_measures.set_numbers(online_measures.reference(PICTURES))
@@ -140,6 +155,7 @@ def prepare_base(model: str, prompt_seed: int) -> None:
         "attributes": {name: float(np.mean(values)) for name, values in attributes.items()},
         "sets": {name: number(embedded) for name, number in numbers.items()},
     }
+    np.savez_compressed(_images_file(model, prompt_seed), images=images)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, json.dumps(found) + "\n")
 
@@ -241,7 +257,8 @@ def measure(cfg: TrainConfig, export: Path, prompt_seed: int) -> dict[str, Any]:
     policy, base = (family.make_denoiser(n, schedule, None, told) for n in (net, load_net(source, family).eval()))
     held = method_measures.pair_batch(load_file(CACHE / model / "pairs.safetensors"))
     moved = method_measures.movement(policy, base, held)
-    images, before = method_measures.make_images(source, prompts, net=net), base_images(model, prompt_seed)
+    images = method_measures.make_images(source, prompts, net=net, guidance=GUIDANCE)
+    before = base_images(model, prompt_seed)
     scores, attributes = online_measures.judge(images, prompts)
     numbers = online_measures.set_numbers(online_measures.reference(PICTURES))
     embedded = method_measures.embed(images)

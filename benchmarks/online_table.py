@@ -16,8 +16,7 @@ from benchmarks import method_runs, method_table, online_plot, online_runs
 from benchmarks.method_measures import ERROR_PAIRS, LEVELS, PROMPTS, SAMPLER_STEPS
 from benchmarks.method_table import Record, compared, mean_of
 from benchmarks.online_measures import ROUND_JUDGES, SCORED
-from benchmarks.online_runs import OnlineCell, OnlineRow
-from diffalign.tiny.build import GUIDANCE
+from benchmarks.online_runs import GUIDANCE, OnlineCell, OnlineRow
 
 BEGIN, END = "<!-- table: made by make bench-online, do not edit -->", "<!-- end of table -->"
 
@@ -200,7 +199,7 @@ _HOW = f"""\
 Every run starts from the same base model, makes its own images of the 512 training captions, and trains a LoRA on them
 as its config says (`configs/tiny_*.toml`). Then each model draws one image for each of {PROMPTS} held-out captions,
 each with a combination of shape, colour and place that no training caption has, in {SAMPLER_STEPS} deterministic steps
-with guidance {GUIDANCE:g}, from the base model's noise.
+with guidance {GUIDANCE:g}, as it sampled in training, from the base model's noise.
 
 What was asked: rows on `clip` and `oracle` raise it on held-out captions and beat base by the oracle; rows on `jpeg`
 raise it; rows on `frechet` lower it and raise Vendi; each with an interval that excludes no change. Where that is not

@@ -247,11 +247,9 @@ def test_a_cell_is_made_from_start_to_end(runs, monkeypatch, name):
     captions = method_measures.captions()[:12]
 
     def prepare(model, prompt_seed):
-        """Few images of the base model, and random latents in the place of held-out pairs."""
+        """Random latents in the place of held-out pairs."""
         (runs / model).mkdir(exist_ok=True)
         source = ModelSource(path=model)
-        images = method_measures.make_images(source, captions)
-        np.savez(runs / model / f"base-{digest(method_runs.protocol(prompt_seed))}.npz", images=images)
         cond = detect_family(source).encode_prompts(load_pipeline(source), list(captions[:4]))
         x = torch.randn(2, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
         pairs = PairBatch(x_w=x[0], x_l=x[1], cond=cond, samples=(0, 1, 2, 3))
