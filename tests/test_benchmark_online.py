@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import method_measures, method_runs, online, online_measures, online_plot, online_runs, online_table
-from benchmarks.method_runs import digest
 from benchmarks.online_measures import SCORED
 from benchmarks.online_runs import OnlineCell
 from benchmarks.scene_pictures import draw_pictures
