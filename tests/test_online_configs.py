@@ -27,7 +27,7 @@ def test_a_round_comes_out_even_on_the_processes_of_the_command(file):
     cfg, text = load(file), file.read_text()
     sound, flow = "audio" in file.stem, "sd3" in file.stem
     source = ModelSource(path="tiny-sd3" if flow or sound else "tiny-sd")
-    walk = make_walk(cfg.online, cfg.method.needs, source, levels=STABLE_AUDIO_3.levels if sound else None)
+    walk = make_walk(cfg.online, cfg.method.needs, source, family=STABLE_AUDIO_3 if sound else None)
     found = re.search(r"--num_processes (\d+)", text)
     processes = int(found[1]) if found else 1
     check_work(cfg, cfg.online, walk, processes)
