@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ app.add_typer(data_app, name="data")
 app.command("serve-reward")(serve_reward)
 app.command("reference")(reference)
 app.command("plan")(plan)
-out = Console()
+out = Console(emoji=False)  # or a spec such as fad:clap:x is printed as clapping hands
 COMMAND = sys.argv[1:]
 """What was typed, for a report to repeat."""
 
@@ -89,6 +90,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for name in ("bitsandbytes", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)  # Diffusers' sound autoencoders
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffalign.train").setLevel(logging.INFO)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from diffalign.data.rewrite import Scored
 
 data_app = typer.Typer(help="Look at preference data, filter, score and relabel it.", no_args_is_help=True)
-out = Console()
+out = Console(emoji=False)
 
 Source = Annotated[str, typer.Argument(help="Parquet file, folder, `datasets` id, or shipped data by name.")]
 Out = Annotated[Path, typer.Option("--out", help="New .parquet file.")]

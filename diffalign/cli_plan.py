@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from diffalign.plan import Plan
 
-out = Console()
+out = Console(emoji=False)
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

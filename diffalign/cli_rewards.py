@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-out = Console()
+out = Console(emoji=False)
 
 HeardHz = Annotated[
     int | None, typer.Option(help="Samples a second at which rewards hear clips; their own if left out.")

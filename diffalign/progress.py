@@ -49,7 +49,7 @@ class Bar:
 @contextmanager
 def bar(name: str, total: int | None, *, shown: bool = True, done: int = 0) -> Iterator[Bar]:
     """A bar for `total` pieces of work, of which `done` are done already; silent if not `shown`."""
-    console = Console(stderr=True, quiet=not shown)
+    console = Console(stderr=True, quiet=not shown, emoji=False)
     if not console.is_terminal or not shown:
         yield Bar(None, None, name, total, console, done, time.monotonic())
         return

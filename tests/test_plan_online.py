@@ -35,6 +35,7 @@ from diffalign.timing import batches, guided
 from tests import worlds
 from tests.test_online import PROMPTS, table
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 FILES = sorted(f.stem for f in shipped.configs().glob("*.toml") if "[online]" in f.read_text())
 
 

@@ -106,6 +106,11 @@ def test_the_terminal_shows_rewards_of_sets():
     assert line == ["fd", "-2.000", "-2.000", "-2.000", "48"]
 
 
+def test_a_spec_is_printed_as_it_was_typed():
+    found = results_of(scores({"fad:clap:x[bold]": 0.3}), judges(**{"fad:clap:x[bold]": "held_out"}))
+    assert any("fad:clap:x[bold]" in line for line in printed(found, 80))  # rich knows emoji and markup
+
+
 def test_names_of_arms_too_long_for_a_column_stand_above_the_table():
     long = "a-model-with-a-very-long-name"
     found = results_of(scores({"eye": 0.0}), judges(eye="held_out"))

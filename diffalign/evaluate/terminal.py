@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 from rich import box
 from rich.console import RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -38,13 +37,13 @@ def _table(comparison: Comparison) -> Table:
     table.add_column("role", no_wrap=True)
     short = max(len(comparison.against), len(comparison.arm)) <= _SHORT
     for name in (comparison.against, comparison.arm) if short else ("opponent", "arm"):
-        table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for name in ("win rate", "95 %", "p (Holm)"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, reward in views.by_role(comparison).items():
         total = reward.total
         table.add_row(
-            escape(name),
+            Text(name),
             ROLES[reward.role],
             _plain(number(total.mean_against)),
             _plain(number(total.mean_arm)),
@@ -59,9 +58,9 @@ def _ratings(results: Results) -> Table:
     table = _titled("Elo, 95 % interval")
     table.add_column("reward", overflow="fold")
     for arm in results.arms:
-        table.add_column(escape(arm), justify="right", overflow="fold")
+        table.add_column(Text(arm), justify="right", overflow="fold")
     for reward, found in views.ratings(results).items():
-        table.add_row(escape(reward), *(_plain(rating(found.get(arm))) for arm in results.arms))
+        table.add_row(Text(reward), *(_plain(rating(found.get(arm))) for arm in results.arms))
     return table
 
 
@@ -69,7 +68,7 @@ def _sets(results: Results) -> Table:
     table = _titled("Rewards of sets, higher is better")
     table.add_column("reward", overflow="fold")
     for arm in results.arms:
-        table.add_column(escape(arm), justify="right", overflow="fold")
+        table.add_column(Text(arm), justify="right", overflow="fold")
     apart = bool(results.set_differences) and len(results.arms) == 2
     if apart:
         table.add_column("difference, 95 %", justify="right", overflow="fold")
@@ -77,7 +76,7 @@ def _sets(results: Results) -> Table:
     for found in views.whole_sets(results):
         scores = [number(found.by_arm[arm].score) if arm in found.by_arm else "-" for arm in results.arms]
         said = [" ".join(map(between, found.differences)) or "-"] if apart else []
-        table.add_row(escape(found.name), *map(_plain, (*scores, *said)), found.samples)
+        table.add_row(Text(found.name), *map(_plain, (*scores, *said)), found.samples)
     return table
 
 
