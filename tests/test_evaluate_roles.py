@@ -12,7 +12,7 @@ from diffalign.errors import InputError
 from diffalign.evaluate.arms import Arm
 from diffalign.evaluate.comparison import Judge
 from diffalign.evaluate.results import RewardResult
-from diffalign.evaluate.roles import assign, read_runs
+from diffalign.evaluate.roles import assign, encoder_of, read_runs
 from diffalign.methods import METHODS
 from diffalign.rewards.clip import CLIPReward
 from diffalign.rewards.oracle import OracleReward
@@ -54,6 +54,35 @@ def test_the_shipped_pairs_were_labelled_by_the_oracle(tmp_path):
     assert "labelled tiny-sd-pairs" in found["oracle"][2]
     assert found["clip"][:2] == found["eye"][:2] == ("held_out", True)
     assert "neither by the config" in found["eye"][2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'set_reward = "frechet:clip:tiny-clip"',
+        'set_reward = "vendi:clip:tiny-clip"',
+        'rewards = ["per_sample:frechet:clip:tiny-clip@reference.safetensors"]',
+    ],
+)
+def test_who_looks_through_an_encoder_that_was_trained_on_is_not_held_out(tmp_path, line):
+    found = roles(run(tmp_path / "a", "dragon", "tiny-train", f"[online]\n{line}"))
+    assert found["clip"][:2] == ("trained_on", True)
+    assert "through its encoder" in found["clip"][2]
+    assert found["oracle"][0] == "held_out"
+
+
+@pytest.mark.parametrize(
+    ("spec", "encoder"),
+    [
+        ("fad:clap", "clap"),
+        ("per_sample:fad:log_mel:frames@x:y.safetensors", "log_mel:frames"),
+        ("clip:tiny-clip", None),
+        ("fad", None),
+        ("per_sample:jpeg", None),
+    ],
+)
+def test_a_spec_names_its_encoder(spec, encoder):
+    assert encoder_of(spec) == encoder
 
 
 @pytest.mark.parametrize(

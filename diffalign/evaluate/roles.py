@@ -98,6 +98,9 @@ def _history(folder: Path, table: Mapping[str, Any]) -> History:
     own = table.get("online", {})
     for spec in [*own.get("rewards", ()), *([own["set_reward"]] if "set_reward" in own else [])]:
         seen.append(Seen(spec=spec, role="trained_on", reason=f"{folder} was trained on its scores"))
+        if encoder := encoder_of(spec):
+            reason = f"{folder} was trained on {spec}, which sees or hears through its encoder"
+            seen.append(Seen(spec=encoder, role="trained_on", reason=reason))
     complete = bool(seen)
     if _takes_scores(table):
         if "scores" in card:
@@ -105,6 +108,13 @@ def _history(folder: Path, table: Mapping[str, Any]) -> History:
             seen.append(Seen(spec=card["scores"], role="trained_on", reason=reason))
         complete = complete and "scores" in card
     return History(run=str(folder), seen=tuple(seen), complete=complete)
+
+
+def encoder_of(spec: str) -> str | None:
+    """The encoder of a reward of sets, also where it judges single samples: "clap" of "fad:clap"; None of others."""
+    words = spec.partition("@")[0].split(":")
+    rest = words[1:] if words[0] == "per_sample" else words
+    return ":".join(rest[1:]) or None if rest[:1] and rest[0] in rewards.names(rewards.SET_GROUP) else None
 
 
 def _takes_scores(table: Mapping[str, Any]) -> bool:
