@@ -11,66 +11,31 @@ import torch
 from benchmarks import audio_measures, method_measures, method_runs, online_measures, online_runs
 from benchmarks.audio_measures import Ear, Waves
 from benchmarks.method_runs import CACHE, digest, locked
-from benchmarks.online_runs import OnlineRow
+from benchmarks.online_runs import OnlineCell
 from diffalign.checkpoint import write_atomic
-from diffalign.config import dump, load
 from diffalign.data.prepare import Encoders
 from diffalign.models.load import ModelSource, detect_family, load_context, load_net, load_pipeline
 from diffalign.models.load import load_scheduler_config as scheduler_of
 from diffalign.settings import TrainConfig
-from diffalign.shipped import configs
 
 RUNS = Path(__file__).parent / "audio"
 """Finished cells, one file each."""
 TRIALS = CACHE / "audio-trials"
-MODELS = {"tiny-audio": "tiny_audio"}
-"""Start of a config's name, by model."""
+MODELS = ("tiny-audio",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioCell:
+class AudioCell(OnlineCell):
     """One run of the table."""
 
-    model: str
-    row: OnlineRow
-    seed: int
-    trial: str | None = None
-    """Name of a trial, which is kept apart from the table."""
-    changes: tuple[str, ...] = ()
-    """Of a trial."""
-
     @property
-    def name(self) -> str:
-        return self.row.name
-
-    @property
-    def file(self) -> Path:
-        root = RUNS if self.trial is None else TRIALS / self.trial
-        return root / self.model / f"{self.row.name}-{self.seed}.json"
-
-    @property
-    def seed_of_prompts(self) -> int:
-        """Trials have captions of their own."""
-        return method_measures.PROMPT_SEED if self.trial is None else method_measures.TRIAL_SEED
-
-    @property
-    def config(self) -> str:
-        return f"{MODELS[self.model]}_{self.row.config}"
-
-    def exists(self) -> bool:
-        """Whether the model has a config of the row."""
-        return (configs() / f"{self.config}.toml").is_file()
-
-    def settings(self) -> TrainConfig:
-        """The config of the run; its folders are filled in when it starts."""
-        return load(self.config, [f"seed={self.seed}", "train.device=cpu", *self.row.changes, *self.changes])
+    def root(self) -> Path:
+        """Where cells of its table lie, or of its trial."""
+        return RUNS if self.trial is None else TRIALS / self.trial
 
     def described(self) -> dict[str, Any]:
-        """Everything that the result depends on, as a table, without folders."""
-        table = dump(self.settings())
-        table["data"].pop("cache")
-        del table["output"]
-        return {"config": table, "protocol": protocol(self.seed_of_prompts)}
+        """Everything that the result depends on."""
+        return {"config": self.without_folders(), "protocol": protocol(self.seed_of_prompts)}
 
 
 def protocol(prompt_seed: int = method_measures.PROMPT_SEED) -> dict[str, Any]:

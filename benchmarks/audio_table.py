@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import audio_runs, method_runs, method_table
+from benchmarks import audio_runs, method_table, online_table
 from benchmarks.audio_measures import (
     DRIFT_CLIPS,
     ENCODERS,
@@ -72,31 +72,9 @@ def summary(row: OnlineRow, model: str, records: Sequence[Record], base: Record)
     }
 
 
-def collect(cells: Sequence[AudioCell]) -> dict[str, Any]:
-    """The table by model, rows in the order of the plan, with what is missing or stale."""
-    models: dict[str, Any] = {}
-    for model in dict.fromkeys(cell.model for cell in cells):
-        base = method_runs.read(audio_runs.base_file(model))
-        if base is None:
-            continue
-        rows, missing, stale = method_table.finished([cell for cell in cells if cell.model == model])
-        models[model] = {
-            "base": {
-                "scores": {name: float(np.mean(values)) for name, values in base["scores"].items()},
-                "attributes": base["attributes"],
-                "sets": base["sets"],
-            },
-            "rows": [summary(row, model, records, base) for row, records in rows.values()],
-            "missing": missing,
-            "stale": stale,
-            "environment": next((r["environment"] for _, rs in rows.values() for r in rs), None),
-        }
-    return models
-
-
 def write(cells: Sequence[AudioCell], *, root: Path) -> None:
     """Writes the table under `root`: numbers, text and picture."""
-    models = collect(cells)
+    models = online_table.collect(cells, audio_runs.base_file, summary)
     content = {"version": 1, "protocol": audio_runs.protocol(), "models": models}
     (root / "benchmarks" / "audio.json").write_text(json.dumps(content, indent=1) + "\n")
     page, name = root / "docs" / "audio-results.md", "docs/audio-results.md"

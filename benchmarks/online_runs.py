@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import method_measures, method_runs, online_measures
-from benchmarks.method_runs import CACHE, MODELS, Planned, clocks, digest, locked
+from benchmarks.method_runs import CACHE, Planned, clocks, digest, locked
 from benchmarks.scene_pictures import draw_pictures
 from diffalign import rewards
 from diffalign.checkpoint import write_atomic
@@ -86,9 +86,13 @@ class OnlineCell:
         return self.row.name
 
     @property
+    def root(self) -> Path:
+        """Where cells of its table lie, or of its trial."""
+        return RUNS if self.trial is None else TRIALS / self.trial
+
+    @property
     def file(self) -> Path:
-        root = RUNS if self.trial is None else TRIALS / self.trial
-        return root / self.model / f"{self.row.name}-{self.seed}.json"
+        return self.root / self.model / f"{self.row.name}-{self.seed}.json"
 
     @property
     def seed_of_prompts(self) -> int:
@@ -97,7 +101,7 @@ class OnlineCell:
 
     @property
     def config(self) -> str:
-        return f"{MODELS[self.model]}_{self.row.config}"
+        return f"{self.model.replace('-', '_')}_{self.row.config}"
 
     def exists(self) -> bool:
         """Whether the model has a config of the row."""
@@ -107,13 +111,17 @@ class OnlineCell:
         """The config of the run; its folders are filled in when it starts."""
         return load(self.config, [f"seed={self.seed}", "train.device=cpu", *self.row.changes, *self.changes])
 
-    def described(self) -> dict[str, Any]:
-        """Everything that the result depends on, as a table, without folders."""
+    def without_folders(self) -> dict[str, Any]:
+        """The config as a table."""
         table = dump(self.settings())
         table["data"].pop("cache")
         del table["output"]
+        return table
+
+    def described(self) -> dict[str, Any]:
+        """Everything that the result depends on."""
         labels = f"the oracle's, 0 to {GRADES}" if self.row.people else "none"
-        return {"config": table, "labels": labels, "protocol": protocol(self.seed_of_prompts)}
+        return {"config": self.without_folders(), "labels": labels, "protocol": protocol(self.seed_of_prompts)}
 
 
 def protocol(prompt_seed: int = method_measures.PROMPT_SEED) -> dict[str, Any]:

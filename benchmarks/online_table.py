@@ -5,7 +5,7 @@ the base model's image of the same noise are averaged over training seeds, then 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,24 @@ def joined(
     return found
 
 
-def collect(cells: Sequence[OnlineCell]) -> dict[str, Any]:
-    """The table by model, rows in the order of the plan, with what is missing or stale."""
+Summary = Callable[[OnlineRow, str, Sequence[Record], Record], dict[str, Any]]
+"""(row, model, its records, the base's) -> numbers."""
+
+
+def collect(
+    cells: Sequence[OnlineCell],
+    base_file: Callable[[str], Path] = online_runs.base_file,
+    summary: Summary = summary,
+) -> dict[str, Any]:
+    """The table by model, rows in the order of the plan, with what is missing or stale.
+
+    Args:
+        base_file: Of a model: where the base's numbers are.
+        summary: Of a row's records, for one model.
+    """
     models: dict[str, Any] = {}
     for model in dict.fromkeys(cell.model for cell in cells):
-        base = method_runs.read(online_runs.base_file(model))
+        base = method_runs.read(base_file(model))
         if base is None:
             continue
         rows, missing, stale = method_table.finished([cell for cell in cells if cell.model == model])
