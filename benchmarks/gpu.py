@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_worlds import WORLDS, GpuWorld
 from diffalign import attention, losses
@@ -163,13 +164,16 @@ def _shaped(world: GpuWorld, cfg: TrainConfig) -> Any:
 
 
 def useful_flop(world: GpuWorld, case: Case) -> int:
-    """Of one pair: two samples with gradient and, without fixed draws, two of the reference."""
+    """Of one pair: two samples with gradient and, without fixed draws, two of the reference.
+
+    Attention is counted as its products alone, which fused kernels make again in the backward pass.
+    """
     cfg = config_of(case, torch.device("cpu"))
     net, inputs = _shaped(world, cfg), world.encoding()
     policy: Any = world.denoiser(net, cfg)
     reference: Any = policy if case.full else make_reference(policy, adapted=True).denoiser
     t = policy.path.sample_t(SampleRng(0, (0, 1)))
-    with fake_mode():
+    with fake_mode(), sdpa_kernel(SDPBackend.MATH):
         make_fake(net)
         x_t, t = torch.empty(2, *world.latent), torch.empty_like(t)
         cond = Cond({name: torch.empty(2, *shape, dtype=dtype) for name, (shape, dtype) in inputs.cond.items()})
