@@ -1,5 +1,6 @@
 """The command line: thin commands over the Python road, one line for every error."""
 
+import importlib.metadata
 import logging
 import os
 import shlex
@@ -19,15 +20,12 @@ from diffalign.errors import InputError, RunError
 
 app = typer.Typer(
     name="diffalign",
-    help="Align any Diffusers model to preferences, and prove that it worked.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
-app.command("serve-reward")(serve_reward)
-app.command("reference")(reference)
-app.command("plan")(plan)
 out = Console(emoji=False)  # or a spec such as fad:clap:x is printed as clapping hands
 COMMAND = sys.argv[1:]
 """What was typed, for a report to repeat."""
@@ -95,6 +93,23 @@ def quiet_libraries() -> None:
     logging.getLogger("diffalign.train").setLevel(logging.INFO)
 
 
+def say_version(wanted: bool) -> bool:
+    """Prints the version and ends, if that is what was asked for."""
+    if wanted:
+        print(f"diffalign {importlib.metadata.version('diffalign')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=say_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Align any Diffusers model to preferences, and prove that it worked."""
+
+
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(help="A TOML file, or the bare name of a shipped config.")],
@@ -111,6 +126,9 @@ def train(
         torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") == "0":
         out.print(f"export of step {result.step}: {result.export}", highlight=False)
+
+
+app.command("plan")(plan)
 
 
 @app.command()
@@ -227,6 +245,9 @@ def evaluate(
         out.print(f"report: {out_dir / 'report.html'}", highlight=False)
 
 
+app.command("reference")(reference)
+
+
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="A run's folder, a LoRA, a denoiser or a checkpoint in one file.")],
@@ -241,6 +262,9 @@ def export(
 
     samples.export(samples.model_source(model, base), out_dir, form)
     out.print(f"{'pipeline' if form == 'diffusers' else 'LoRA'}: {out_dir}", highlight=False)
+
+
+app.command("serve-reward")(serve_reward)
 
 
 @app.command()

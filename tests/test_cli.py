@@ -303,6 +303,12 @@ def test_list_and_env_name_what_there_is():
     assert all(name in found for name in ("torch", "diffusers", "extra 8bit", "device"))
 
 
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert CliRunner().invoke(cli.app, ["--version"]).output == f"diffalign {version('diffalign')}\n"
+
+
 def test_the_command_line_has_not_changed():
     """A change of this list is a change for every user: it needs a line in the changelog."""
     import typer
