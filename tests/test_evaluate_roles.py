@@ -12,7 +12,7 @@ from diffalign.errors import InputError
 from diffalign.evaluate.arms import Arm
 from diffalign.evaluate.comparison import Judge
 from diffalign.evaluate.results import RewardResult
-from diffalign.evaluate.roles import assign, encoder_of, read_runs
+from diffalign.evaluate.roles import assign, encoder_of, optimised, read_runs
 from diffalign.methods import METHODS
 from diffalign.rewards.clip import CLIPReward
 from diffalign.rewards.oracle import OracleReward
@@ -54,6 +54,22 @@ def test_the_shipped_pairs_were_labelled_by_the_oracle(tmp_path):
     assert "labelled tiny-sd-pairs" in found["oracle"][2]
     assert found["clip"][:2] == found["eye"][:2] == ("held_out", True)
     assert "neither by the config" in found["eye"][2]
+
+
+@pytest.mark.parametrize(
+    ("spec", "seen"),
+    [
+        ("frechet:clip:tiny-clip", True),
+        ("vendi:clip:tiny-clip", True),
+        ("frechet:clip:other", False),
+        ("frechet:dino", False),
+    ],
+)
+def test_a_distance_of_sets_was_trained_on_if_its_encoder_was(tmp_path, spec, seen):
+    trained = run(tmp_path / "a", "dragon", "tiny-train", '[online]\nset_reward = "frechet:clip:tiny-clip"')
+    arms = [Arm(name="base", spec="tiny-sd", source=None), Arm(name="a", spec=str(trained), source=None)]
+    assert optimised(spec, arms) is seen
+    assert not optimised(spec, arms[:1])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from diffalign.evaluate import charts, curves, plots
 from diffalign.evaluate.album import Album, album
 from diffalign.evaluate.comparison import Judge, compare
 from diffalign.evaluate.report import python_call, write_report
-from diffalign.evaluate.results import Results, direction, to_table, verdict
+from diffalign.evaluate.results import Results, SetDifference, direction, to_table, verdict
 from diffalign.evaluate.score import Table, write_image
 
 ROLES = {"person": "labeller", "eye": "held_out", "target": "trained_on"}
@@ -149,6 +149,28 @@ def test_roles_that_nobody_declared_are_said_to_be_assumed():
     judge = replace(judges(eye="held_out")[0], role_declared=False)
     said = verdict(results_of(scores({"eye": 1.0}), [judge]).comparisons[0])
     assert any("Nobody declared whether training saw eye" in note for note in said.notes)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "optimised", "words"),
+    [
+        (0.01, 0.03, False, ["is better: +0.02 (95 % interval +0.01 to +0.03)"]),
+        (-0.03, -0.01, False, ["fell: -0.02 (95 % interval -0.03 to -0.01)"]),
+        (-0.01, 0.03, True, ["shows no difference", "Training optimised it"]),
+        (None, None, False, ["has no interval: +0.02, above 0 is better."]),
+    ],
+)
+def test_rewards_of_sets_stand_beside_the_headline(low, high, optimised, words):
+    apart = SetDifference(
+        reward="fad", spec="fad:x", version="1", arm="aligned", against="base", samples=60,
+        difference=-0.02 if high is not None and high < 0 else 0.02, low=low, high=high, resamples=1000,
+        optimised=optimised,
+    )  # fmt: skip
+    comparison = results_of(scores({"person": 1.0}), judges(person="labeller")).comparisons[0]
+    [note] = set(verdict(comparison, [apart, replace(apart, arm="other")]).notes) - set(verdict(comparison).notes)
+    assert note.startswith("fad:x of all 60 together")
+    assert all(word in note for word in words)
+    assert optimised or "Training" not in note
 
 
 def test_results_are_strict_json_with_null_for_what_is_undefined():

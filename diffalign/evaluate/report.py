@@ -73,7 +73,7 @@ def write_report(
         medium=medium,
         comparison=comparison,
         several=len(results.comparisons) > 1,
-        verdicts=[(views.name_of(results, c), c, verdict(c)) for c in results.comparisons],
+        verdicts=[(views.name_of(results, c), c, verdict(c, results.set_differences)) for c in results.comparisons],
         words=WORDS,
         roles=ROLES,
         protocol=PROTOCOL,

@@ -1,7 +1,7 @@
 """What an evaluation found, and its verdict in words; docs/results.md describes the results.json made of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -251,7 +251,7 @@ def to_table(results: Results) -> dict[str, Any]:
             comparison["rewards"][name] = {**reward.pop("total"), **reward}
     for point in (table["sweep"] or {}).get("comparisons", ()):
         point |= point.pop("measured")
-    table["verdicts"] = [asdict(verdict(comparison)) for comparison in results.comparisons]
+    table["verdicts"] = [asdict(verdict(one, results.set_differences)) for one in results.comparisons]
     return table
 
 
@@ -267,8 +267,12 @@ def direction(measured: Measured) -> Literal["better", "worse", "open"]:
     return "worse" if measured.ci_high < 0.5 else "open"
 
 
-def verdict(comparison: Comparison) -> Verdict:
-    """What the comparison shows, by the rewards of the most telling role; the others are notes."""
+def verdict(comparison: Comparison, sets: Sequence[SetDifference] = ()) -> Verdict:
+    """What the comparison shows, by the rewards of the most telling role; the others are notes.
+
+    Args:
+        sets: Differences of rewards of whole sets, those of other arms among them.
+    """
     rewards = comparison.rewards
     role = next(role for role in ROLES if any(r.role == role for r in rewards.values()))
     main = {name: r for name, r in rewards.items() if r.role == role}
@@ -286,6 +290,7 @@ def verdict(comparison: Comparison) -> Verdict:
         sentence=_sentence(comparison, main, outcome),
         notes=(
             *(_note(name, r) for name, r in rewards.items() if r.role != role or len(main) > 1),
+            *(_note_of_sets(d) for d in sets if (d.arm, d.against) == (comparison.arm, comparison.against)),
             *_limits(comparison, role),
         ),
         regressed=regressed,
@@ -322,6 +327,15 @@ def _note(name: str, reward: RewardResult) -> str:
         words = {"better": "rose", "worse": "fell", "open": "did not move"}[direction(reward.total)]
         return f"{name}, which training optimised, {words}: {_rate(reward.total)}. By itself this proves nothing."
     return f"{name} ({ROLES[reward.role]}) {words}: {_rate(reward.total)}."
+
+
+def _note_of_sets(found: SetDifference) -> str:
+    words, apart = "has no interval", f"{found.difference:+.3g}"
+    if found.low is not None and found.high is not None:
+        words = "is better" if found.low > 0 else "fell" if found.high < 0 else "shows no difference"
+        apart += f" (95 % interval {found.low:+.3g} to {found.high:+.3g})"
+    said = f"{found.spec} of all {found.samples} together {words}: {apart}, above 0 is better."
+    return f"{said} Training optimised it, or heard or saw through its encoder." if found.optimised else said
 
 
 def _limits(comparison: Comparison, role: Role) -> list[str]:

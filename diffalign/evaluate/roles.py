@@ -69,6 +69,13 @@ def assign(
     return found
 
 
+def optimised(spec: str, arms: Sequence[Arm]) -> bool:
+    """Whether a run of `arms` was trained on a reward of sets, or through its encoder."""
+    histories = [history for arm in arms if arm.run is not None for history in read_runs(arm.run)]
+    trained = {seen.spec for history in histories for seen in history.seen if seen.role == "trained_on"}
+    return bool({spec, encoder_of(spec)} & trained)
+
+
 def read_runs(run: Path) -> list[History]:
     """Histories of a run and of the runs that it started from."""
     histories: list[History] = []

@@ -44,6 +44,8 @@ class SetDifference:
     high: float | None
     """95 % interval by the basic bootstrap over prompts, both arms drawn together; None with few prompts."""
     resamples: int
+    optimised: bool = False
+    """Whether one of the two was trained on it, or through its encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)

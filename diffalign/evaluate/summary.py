@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffalign.evaluate import views
 from diffalign.evaluate.media import PICTURES, Medium
-from diffalign.evaluate.results import PROTOCOL, ROLES, Comparison, Results, verdict
+from diffalign.evaluate.results import PROTOCOL, ROLES, Comparison, Results, SetDifference, verdict
 from diffalign.evaluate.wording import between, difference, number, p_value, percent, rating, spread
 
 _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<>|#"})
@@ -24,7 +24,7 @@ def summary(results: Results, medium: Medium = PICTURES) -> str:
     for comparison in results.comparisons:
         if len(results.comparisons) > 1:
             parts.append(f"### {_plain(views.name_of(results, comparison))}")
-        parts += [_headline(comparison), _table(comparison)]
+        parts += [_headline(comparison, results.set_differences), _table(comparison)]
         parts += _flags(comparison)
     if results.ratings:
         parts.append(_ratings(results))
@@ -34,8 +34,8 @@ def summary(results: Results, medium: Medium = PICTURES) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _headline(comparison: Comparison) -> str:
-    said, held = verdict(comparison), views.of_role(comparison, "held_out")
+def _headline(comparison: Comparison, sets: Sequence[SetDifference]) -> str:
+    said, held = verdict(comparison, sets), views.of_role(comparison, "held_out")
     if not held:
         return "\n\n".join(_plain(line) for line in (said.sentence, *said.notes))
     rates = ", ".join(f"{percent(r.total.win_rate)} ({spread(r.total)}) by {name}" for name, r in held.items())

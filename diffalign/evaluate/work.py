@@ -20,8 +20,8 @@ from diffalign.evaluate.judging import score_rows
 from diffalign.evaluate.media import Medium
 from diffalign.evaluate.processes import Processes, own_device
 from diffalign.evaluate.report import write_report
-from diffalign.evaluate.results import PROTOCOL, Comparison, Results, Sweep, Tier, write_results
-from diffalign.evaluate.roles import assign
+from diffalign.evaluate.results import PROTOCOL, Comparison, Results, SetDifference, Sweep, Tier, write_results
+from diffalign.evaluate.roles import assign, optimised
 from diffalign.evaluate.score import Table, write_table
 from diffalign.evaluate.settings import EvaluationSettings, Sampling, as_table, sampling_of
 from diffalign.evaluate.summary import write_summary
@@ -125,7 +125,7 @@ class Work:
             comparisons=tuple(compared),
             ratings=ratings(table, names, rewards, seed=self.settings.seed) if len(names) > 2 else (),
             sets=of_sets.score() if self.sets else (),
-            set_differences=of_sets.compare(self._pairs()) if self.sets else (),
+            set_differences=tuple(map(self._told, of_sets.compare(self._pairs()))) if self.sets else (),
             sweep=self._summary(sweeps) if sweeps else None,
             prompt_set={"name": asked.name, "sha256": asked.sha256, "duplicates_dropped": self.repeated},
             settings=as_table(self.settings, self.sampling, self.batch, self.form.size),
@@ -200,6 +200,11 @@ class Work:
         judges = assign(self.judges, self.rewards, self.declared, chosen)
         labels = preflight.labels_of(self.plan.prompts)
         return compare(table, judges, arm=arm, against=against, labels=labels, seed=self.settings.seed)
+
+    def _told(self, found: SetDifference) -> SetDifference:
+        """A difference of sets that says whether a run of the two arms was trained on its reward."""
+        chosen = [a for a in self.arms if a.name in (found.arm, found.against)]
+        return replace(found, optimised=optimised(found.spec, chosen))
 
     def _summary(self, sweeps: Mapping[float, Table]) -> Sweep:
         labels = preflight.labels_of(quick(self.plan.prompts))
