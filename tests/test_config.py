@@ -1,6 +1,8 @@
 """Configs: strict, one line for every mistake, and a round trip through TOML."""
 
+import re
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -139,6 +141,20 @@ def test_every_shipped_config_loads_and_opens_with_its_source(file):
     text = " ".join(comment)
     for word in ("diffalign train", "Hardware", "Expected", "Seen"):
         assert word in text, f"{file.name} must say {word!r} in its opening comment"
+
+
+@pytest.mark.parametrize("file", sorted(shipped.configs().glob("*.toml")), ids=lambda f: f.stem)
+def test_the_commands_in_a_configs_header_train_the_same_samples_a_step(file):
+    lines = [line.lstrip("# ").rstrip("\\ ") for line in file.read_text().splitlines() if line.startswith("#")]
+    command = r"(?:(?:nproc_per_node=|num_processes )(\d+) -m )?diffalign train ([\w/.]+)((?: [a-z_.]+=\S+)*)"
+    found = re.findall(command, " ".join(lines))
+    several = any(processes for processes, _, _ in found)
+    batches = set()
+    for processes, name, words in found:
+        train = load(name.removeprefix("configs/"), words.split()).train
+        if Path(name).stem == file.stem:
+            batches.add(train.batch_size * train.accumulate * int(processes or 1))
+    assert len(batches) == 1 or not several
 
 
 def test_changed_keys_are_named_with_both_values():
