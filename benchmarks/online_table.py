@@ -30,9 +30,10 @@ def summary(row: OnlineRow, model: str, records: Sequence[Record], base: Record)
     rewards = {name: compared(records, base, name) for name in SCORED}
     sets = {name: pooled([record["sets"][name] for record in records]) for name in ("frechet", "vendi")}
     oracle, own = rewards["oracle"], rewards.get(row.reward)
-    better = own is not None and own.difference_low is not None and own.difference_low > 0
-    fitter = row.reward in _LOWER and sets[row.reward]["high"] < 0 and sets["vendi"]["low"] > 0
-    raised = better or fitter
+    if own is not None:
+        raised = own.difference_low is not None and own.difference_low > 0
+    else:
+        raised = sets[row.reward]["high"] < 0 if row.reward in _LOWER else sets[row.reward]["low"] > 0
     return {
         "row": row.name,
         "trained_on": row.reward,
@@ -187,7 +188,7 @@ def changed(of: Mapping[str, Any], key: str, prefix: str, digits: int = 3) -> st
 _COLUMNS = {
     "method": "row of the plan: end of its config's name, or a change of it",
     "trained on": "`clip` is tiny-clip's score, `jpeg` minus the kB of a JPEG, `frechet` a Fréchet distance in "
-    "tiny-clip's space, `oracle` the taste of the world's simulated person",
+    "tiny-clip's space, `vendi` the Vendi score there, `oracle` the taste of the world's simulated person",
     "its reward": "that number on held-out captions, base to aligned (change with a 95 % paired bootstrap interval "
     "over captions, training seeds averaged; of a distance of sets the widest of the seeds' intervals)",
     "oracle win %": "share of captions where the oracle scores the image above the base model's from the same noise, "
@@ -215,10 +216,10 @@ each with a combination of shape, colour and place that no training caption has,
 with guidance {GUIDANCE:g}, as it sampled in training, from the base model's noise.
 
 What was asked: rows on `clip` and `oracle` raise it on held-out captions and beat base by the oracle; rows on `jpeg`
-raise it; rows on `frechet` lower it and raise Vendi; each with an interval that excludes no change. Where that is not
-so the row is marked ✗. For rows on `clip` the oracle and tiny-aesthetic had no part in training; for rows on `oracle`
-tiny-clip and tiny-aesthetic had none. A row "by labels" stopped in every round, and the oracle's grades, 0 to 10, came
-by the label file.
+raise it; the row on `frechet` lowers it, that on `vendi` raises it; each with an interval that excludes no change.
+Where that is not so the row is marked ✗. For rows on `clip` the oracle and tiny-aesthetic had no part in training; for
+rows on `oracle` tiny-clip and tiny-aesthetic had none. A row "by labels" stopped in every round, and the oracle's
+grades, 0 to 10, came by the label file.
 
 In the plot, reward and oracle are means over the images of a round, which are drawn with the noise that a method
 samples with: compare a line with its own start.

@@ -108,6 +108,16 @@ def test_a_distance_is_better_when_smaller(runs):
     )
 
 
+@pytest.mark.parametrize(("low", "raised"), [(0.5, True), (-0.1, False)])
+def test_diversity_is_better_when_larger(runs, low, raised):
+    [cell] = cells("dragon_vendi", seeds=(0,))
+    fill([cell], {"dragon_vendi": 0.4})
+    one = record(cell, 0.4)
+    one["sets"]["vendi"]["low"] = low
+    found = online_table.summary(cell.row, "tiny-sd", [one], method_runs.read(online_runs.base_file("tiny-sd")))
+    assert found["as_asked"] is raised
+
+
 def test_seeds_are_pooled_and_a_changed_config_is_stale(runs):
     chosen = cells("d3po", "online_dpo")
     fill(chosen, {"d3po": 0.7, "online_dpo": 0.7})
@@ -144,6 +154,9 @@ def test_every_cell_has_settings_of_its_own_images(tmp_path):
         elif cell.row.reward == "frechet":
             assert cfg.online.set_reward == "frechet:clip:tiny-clip"
             assert online_runs.placed(cfg, tmp_path).online.set_reference == str(online_runs.PICTURES)
+        elif cell.row.reward == "vendi":
+            assert cfg.online.set_reward == "vendi:clip:tiny-clip"
+            assert online_runs.placed(cfg, tmp_path).online.set_reference is None
         else:
             assert cfg.online.rewards == (asked[cell.row.reward],)
         assert "runs" not in json.dumps(cell.described()).replace("runs/tiny-scenes", "")
