@@ -35,10 +35,11 @@ def draw(models: Mapping[str, Any], file: Path) -> None:
                     images, values = points(row, panel)
                     if images:
                         axis.plot(images, values, color=colour[row["row"]], linewidth=1.6)
-                axis.set_title(f"{model}: {title}", loc="left")
-                axis.set_xlabel("generated images")
                 if not axis.lines:
                     axis.set_axis_off()
+                    continue
+                axis.set_title(f"{model}: {title}", loc="left")
+                axis.set_xlabel("generated images")
             _drift(line[-1], found["rows"], colour)
             line[-1].set_title(f"{model}: held-out captions", loc="left")
             for axis in line:

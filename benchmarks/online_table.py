@@ -222,7 +222,8 @@ rows on `oracle` tiny-clip and tiny-aesthetic had none. A row "by labels" stoppe
 grades, 0 to 10, came by the label file.
 
 In the plot, reward and oracle are means over the images of a round, which are drawn with the noise that a method
-samples with: compare a line with its own start.
+samples with. Every round has other captions, some harder than others, the same ones for all rows of one round size:
+compare lines with each other, not a line with its own start.
 """
 
 _PAGE = f"""\
