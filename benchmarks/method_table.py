@@ -272,7 +272,8 @@ with guidance {GUIDANCE:g}, from the base model's noise.
 Roles: `oracle` is the taste that labelled the pairs; `tiny-clip` and `tiny-aesthetic` had no part in the labels or in
 training, but for `smpo`, which weighs pairs by tiny-clip's scores: there it is what was trained on. A row is marked (✗,
 orange) where its 95 % interval does not lie above 50 %. Controls: `sft` sees the winners alone;
-`shuffled` is `diffusion_dpo` on labels drawn by lot, and must not win.
+`shuffled` is `diffusion_dpo` on labels drawn by lot, and must not win. `dpo_fixed_draws` is `diffusion_dpo` with
+`train.fixed_draws = 1`: the one timestep and noise that a pair has are drawn before the run.
 """
 
 _PAGE = f"""\

@@ -25,6 +25,7 @@ ROWS = (
     Row(name="sft", config="sft", control=True),
     Row(name="shuffled", config="diffusion_dpo", by_lot=True, control=True),
     Row(name="diffusion_dpo", config="diffusion_dpo"),
+    Row(name="dpo_fixed_draws", config="diffusion_dpo", changes=("train.fixed_draws=1",)),
     Row(name="diffusion_sdpo", config="diffusion_sdpo"),
     Row(name="linear_dpo", config="linear_dpo"),
     Row(name="cpo", config="cpo"),
