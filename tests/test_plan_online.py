@@ -289,7 +289,7 @@ def test_a_run_that_does_not_fit_samples_fewer_at_a_time_first():
 
 def test_a_round_that_does_not_come_out_even_is_one_line():
     with pytest.raises(InputError, match="the updates of a round must see all of its 4 images at 10 moves equally"):
-        plan(small("tiny_sd_ddpo", "train.accumulate=3"))
+        plan(small("tiny_sd_ddpo_jpeg", "train.accumulate=3"))
 
 
 @pytest.mark.slow
