@@ -1,8 +1,8 @@
 """From finished runs to the audio table: benchmarks/audio.json, docs/audio-results.md and docs/audio.png.
 
 Runs of one row differ by training seed only. The caption is the sampling unit: scores against the base model's clip of
-the same noise are averaged over training seeds, then captions are resampled; of numbers of sets the widest of the
-seeds' intervals stands.
+the same noise are averaged over training seeds, then captions are resampled; of numbers of sets the ends of the seeds'
+intervals are averaged.
 """
 
 import json
@@ -196,7 +196,7 @@ _COLUMNS = {
     "method": "row of the plan; its config is `tiny_audio_<row>`, of `dragon_fad` `tiny_audio_dragon`",
     "trained on": "which of these numbers training was told to better (number of training seeds)",
     "FAD, tiny-clap": f"of {PROMPTS} clips to {EXEMPLARS['count']} clean ones, in the encoder that `fad_clap` trains "
-    "on (change with a 95 % paired interval of the basic bootstrap over captions, the widest of the seeds' intervals)",
+    "on (change with a 95 % paired interval of the basic bootstrap over captions, the means of the ends of the seeds')",
     "FAD, log-mel": "the same in an encoder without weights that no run has seen",
     "Vendi": "Vendi score of the clips in tiny-clap's space (change, interval)",
     "per clip": "minus the FAD of each clip's own frames to the frames of the clean ones, log-mel (change, interval)",

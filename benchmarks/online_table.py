@@ -58,9 +58,12 @@ def summary(row: OnlineRow, model: str, records: Sequence[Record], base: Record)
 
 
 def pooled(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """A number of sets over training seeds: means, and the widest of the seeds' intervals."""
-    means = mean_of([{k: one[k] for k in ("value", "base", "change")} for one in found])
-    return {**means, "low": min(one["low"] for one in found), "high": max(one["high"] for one in found)}
+    """A number of sets over training seeds: means of all, of the ends of the intervals too.
+
+    Seeds are measured on the same captions, so their errors are not independent. The mean of the ends is the interval
+    of the mean change if they rose and fell together, which no other dependence makes wider where they are normal.
+    """
+    return mean_of([{k: one[k] for k in ("value", "base", "change", "low", "high")} for one in found])
 
 
 def joined(
@@ -190,7 +193,7 @@ _COLUMNS = {
     "trained on": "`clip` is tiny-clip's score, `jpeg` minus the kB of a JPEG, `frechet` a Fréchet distance in "
     "tiny-clip's space, `vendi` the Vendi score there, `oracle` the taste of the world's simulated person",
     "its reward": "that number on held-out captions, base to aligned (change with a 95 % paired bootstrap interval "
-    "over captions, training seeds averaged; of a distance of sets the widest of the seeds' intervals)",
+    "over captions, training seeds averaged; of a number of sets with the means of the ends of the seeds' intervals)",
     "oracle win %": "share of captions where the oracle scores the image above the base model's from the same noise, "
     "ties half; pooled over training seeds, with a 95 % bootstrap interval over captions",
     "by training seed": "lowest and highest oracle win rate of single runs (number of runs)",

@@ -286,3 +286,28 @@ def test_a_cell_is_made_from_start_to_end(runs, monkeypatch, name):
     assert made["pixel_distance"] > 0
     online_table.write([cell], [], root=runs)
     assert f"| {name}" in (runs / "docs" / "online-results.md").read_text()
+
+
+def test_a_number_of_sets_over_seeds_has_the_mean_of_the_ends():
+    seeds = [{"value": 2.0, "base": 1.0, "change": 1.0, "low": -0.5, "high": 3.0},
+             {"value": 4.0, "base": 1.0, "change": 3.0, "low": 2.5, "high": 4.0}]  # fmt: skip
+    assert online_table.pooled(seeds) == {"value": 3.0, "base": 1.0, "change": 2.0, "low": 1.0, "high": 3.5}
+
+
+def test_the_mean_of_the_ends_is_the_interval_of_seeds_that_move_together_and_wide_for_others():
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(size=(2, 20_000))
+
+    def bounds(changes):
+        low, high = np.quantile(changes, (0.025, 0.975))
+        return {"value": 0.0, "base": 0.0, "change": 0.0, "low": low, "high": high}
+
+    def ends(*seeds):
+        found = online_table.pooled([bounds(changes) for changes in seeds])
+        return found["high"] - found["low"]
+
+    def width(changes):
+        return bounds(changes)["high"] - bounds(changes)["low"]
+
+    assert ends(one, 2 * one) == pytest.approx(width((one + 2 * one) / 2))
+    assert ends(one, 2 * two) > 1.2 * width((one + 2 * two) / 2)
