@@ -277,6 +277,17 @@ def test_the_prediction_type_does_not_matter(name):
         assert torch.equal(other.std, found[0].std)
 
 
+@pytest.mark.parametrize("name", ["ode", *FLOW_NOISE])
+def test_a_flow_model_may_predict_clean_latents(name):
+    walk, x_0, eps = flow_table("analytic"), randn(3, 5).double(), randn(3, 5, seed=1).double()
+    step = walk.step(torch.tensor([1, 4, 9]))
+    x_t = broadcast(step.alpha_t, x_0) * x_0 + broadcast(step.sigma_t, x_0) * eps
+    told = KERNELS[name](eps - x_0, x_t, step)
+    seen = KERNELS[name](x_0, x_t, type(step)(**{**vars(step), "prediction": "sample"}))
+    torch.testing.assert_close(seen.mean, told.mean, atol=1e-9, rtol=1e-9)
+    assert torch.equal(seen.std, told.std)
+
+
 def gaussian(x: Tensor, step) -> Tensor:
     """The exact velocity of a flow from N(1, 0.25) to N(0, 1)."""
     a, s = (broadcast(c, x) for c in (step.alpha_t, step.sigma_t))
@@ -581,6 +592,8 @@ def test_a_walk_that_cannot_be_is_one_clear_error(name, config, steps, message):
     [
         ("dim", {}, "got 'dim'; did you mean 'ddim'"),
         ("ddim", {"eta": 1.5}, r"kernel\.eta must be in \[0, 1\] with 'ddim', got 1\.5"),
+        ("cps", {"eta": 1.2}, r"kernel\.eta must be in \[0, 1\] with 'cps', got 1\.2"),
+        ("flow_ddim", {"eta": 1.2}, r"kernel\.eta must be in \[0, 1\] with 'flow_ddim', got 1\.2"),
         ("flow_sde", {"eta": -0.1}, r"kernel\.eta must be at least 0 with 'flow_sde', got -0\.1"),
         ("ode", {"eta": 0.5}, "kernel 'ode' does not take option 'eta'; it belongs to cps"),
         ("cps", {"limit": 0.4}, "kernel 'cps' does not take option 'limit'; it belongs to flow_sde"),
