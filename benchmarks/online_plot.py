@@ -10,9 +10,9 @@ WINDOW = 5
 """Rounds that a point of a line is the mean of."""
 
 _PANELS = {
-    "clip": "tiny-clip of the round's images",
-    "oracle": "oracle of the round's images",
-    "jpeg": "JPEG, kB of the round's images",
+    "clip": "tiny-clip of rounds, above base",
+    "oracle": "oracle of rounds, above base",
+    "jpeg": "JPEG of rounds, kB above base",
 }
 
 
@@ -39,6 +39,7 @@ def draw(models: Mapping[str, Any], file: Path) -> None:
                     axis.set_axis_off()
                     continue
                 axis.set_title(f"{model}: {title}", loc="left")
+                axis.axhline(0, color="#333333", linewidth=0.8)
                 axis.set_xlabel("generated images")
             _drift(line[-1], found["rows"], colour)
             line[-1].set_title(f"{model}: held-out captions", loc="left")
@@ -53,15 +54,15 @@ def draw(models: Mapping[str, Any], file: Path) -> None:
 
 
 def points(row: Mapping[str, Any], panel: str) -> tuple[list[int], list[float]]:
-    """(generated images, means over `WINDOW` rounds) of a row's line in a panel; nothing where it has none."""
-    if panel == "jpeg":
-        if row["trained_on"] != "jpeg":
-            return [], []
-        values = [-one["own"]["score/jpeg"] for one in row["curve"]]
-    elif row["trained_on"] == "jpeg":
+    """(generated images, means over `WINDOW` rounds of what a round has above base) of a row's line in a panel.
+
+    Nothing where it has none: rows on file sizes have a panel of their own.
+    """
+    if (panel == "jpeg") is not (row["trained_on"] == "jpeg"):
         return [], []
-    else:
-        values = [one[panel] for one in row["curve"]]
+    sign = -1 if panel == "jpeg" else 1  # the reward is minus the size
+    values = [sign * ((one["own"]["score/jpeg"] if panel == "jpeg" else one[panel]) - one[f"start_{panel}"])
+              for one in row["curve"]]  # fmt: skip
     return [one["images"] for one in row["curve"]], smoothed(values)
 
 
@@ -80,5 +81,6 @@ def _drift(axis: Any, rows: Sequence[Mapping[str, Any]], colour: Mapping[str, An
             x, y, yerr=np.clip(bounds, 0, None), fmt="o", markersize=5, color=colour[row["row"]], linewidth=1.2
         )
     axis.axhline(50, color="#333333", linewidth=0.8)
+    axis.locator_params(axis="x", nbins=4)
     axis.set_xlabel("drift of predictions from base")
     axis.set_ylabel("oracle win rate over base, %")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import method_runs, method_table, online_plot, online_runs
+from benchmarks import method_runs, method_table, online_plot, online_runs, online_start
 from benchmarks.method_measures import ERROR_PAIRS, LEVELS, PROMPTS, SAMPLER_STEPS
 from benchmarks.method_table import Record, compared, mean_of
 from benchmarks.online_measures import ROUND_JUDGES, SCORED
@@ -49,7 +49,13 @@ def summary(row: OnlineRow, model: str, records: Sequence[Record], base: Record)
         "movement": mean_of([record["movement"] for record in records]),
         "pixel_distance": float(np.mean([record["pixel_distance"] for record in records])),
         "cosine_distance": float(np.mean([record["cosine_distance"] for record in records])),
-        "curve": joined([record["curve"] for record in records]),
+        "curve": joined(
+            [
+                online_start.with_start(OnlineCell(model=model, row=row, seed=record["seed"]), record["curve"])
+                for record in records
+            ],
+            (*ROUND_JUDGES, *online_start.NAMES),
+        ),
         "cost": {key: float(np.mean([record["cost"][key] for record in records])) for key in _COSTS},
         "method": records[0]["described"]["config"]["method"],
         "lr": records[0]["described"]["config"]["optimizer"]["lr"],
@@ -224,9 +230,9 @@ Where that is not so the row is marked ✗. For rows on `clip` the oracle and ti
 rows on `oracle` tiny-clip and tiny-aesthetic had none. A row "by labels" stopped in every round, and the oracle's
 grades, 0 to 10, came by the label file.
 
-In the plot, reward and oracle are means over the images of a round, which are drawn with the noise that a method
-samples with. Every round has other captions, some harder than others, the same ones for all rows of one round size:
-compare lines with each other, not a line with its own start.
+In the plot, lines are means over a round's images, which have the noise that a method samples with, minus what the base
+model makes of the same captions, sampled alike: {online_start.PER_CAPTION} images of each caption, from other noise.
+Each point is the mean of {online_plot.WINDOW} rounds and of the training seeds.
 """
 
 _PAGE = f"""\

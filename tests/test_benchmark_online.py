@@ -8,14 +8,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import method_measures, method_runs, online, online_measures, online_plot, online_runs, online_table
+from benchmarks import (
+    method_measures,
+    method_runs,
+    online,
+    online_measures,
+    online_plot,
+    online_runs,
+    online_start,
+    online_table,
+)
 from benchmarks.online_measures import SCORED
 from benchmarks.online_runs import OnlineCell
 from benchmarks.scene_pictures import draw_pictures
+from diffalign.assemble import assemble
 from diffalign.data.prompts import read_prompts
 from diffalign.errors import InputError, RunError
 from diffalign.evaluate.score import read_image
 from diffalign.models.load import ModelSource, detect_family, load_pipeline
+from diffalign.online_round import OwnRound
 from diffalign.rewards.gaussians import Gaussian
 from diffalign.tiny import oracle, scenes
 from diffalign.types import PairBatch
@@ -27,6 +38,7 @@ PROMPTS = 200
 def runs(tmp_path, monkeypatch):
     """A folder in the place of benchmarks/online/."""
     monkeypatch.setattr(online_runs, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(online_start, "start", lambda cell: {name: [0.5] * 512 for name in online_start.JUDGES})
     for folder in ("runs/tiny-sd", "docs", "benchmarks"):
         (tmp_path / folder).mkdir(parents=True)
     return tmp_path
@@ -248,9 +260,43 @@ def test_rounds_are_read_from_what_a_run_leaves(tmp_path):
 def test_lines_are_smoothed_by_what_came_before():
     assert online_plot.smoothed([1.0, 3.0, 5.0]) == [1.0, 2.0, 3.0]
     assert online_plot.smoothed([0.0] * 5 + [5.0])[-1] == 1.0
-    row = {"trained_on": "jpeg", "curve": [{"images": 64, "own": {"score/jpeg": -2.0}, "clip": 1.0}]}
-    assert online_plot.points(row, "jpeg") == ([64], [2.0])
+    one = {"images": 64, "own": {"score/jpeg": -2.0}, "clip": 1.0, "start_jpeg": -1.5, "start_clip": 0.25}
+    row = {"trained_on": "jpeg", "curve": [one]}
+    assert online_plot.points(row, "jpeg") == ([64], [0.5])
     assert online_plot.points(row, "clip") == ([], [])
+    assert online_plot.points({**row, "trained_on": "clip"}, "clip") == ([64], [0.75])
+    assert online_plot.points({**row, "trained_on": "clip"}, "jpeg") == ([], [])
+
+
+def test_the_start_of_a_round_is_that_of_its_captions(tmp_path):
+    [cell] = cells("d3po", seeds=(3,))
+    cfg = online_runs.placed(cell.settings(), tmp_path)
+    sizes = replace(cfg.online, prompts=4, group=2, updates=1)
+    cfg = replace(cfg, online=sizes, train=replace(cfg.train, steps=200, batch_size=2, accumulate=24))
+    parts = assemble(cfg)
+    known = {caption: float(place) for place, caption in enumerate(parts.online.prompts.prompts)}
+    for number in (1, 2, 130):  # the last after all captions had their turn
+        entries = OwnRound(parts=parts, online=parts.online, number=number).entries()
+        found = online_start.of_round({"clip": list(known.values())}, number=number, prompts=4, seed=3)
+        assert found == {"clip": np.mean([known[entry.prompt] for entry in entries])}
+
+
+def test_a_run_starts_where_its_model_does(tmp_path):
+    [cell] = cells("ddpo", seeds=(0,))
+    cfg = online_runs.placed(cell.settings(), tmp_path / "run")
+    captions = tmp_path / "two.txt"
+    captions.write_text("\n".join(read_prompts("tiny-train").prompts[:2]))
+    cfg = replace(cfg, data=replace(cfg.data, path=str(captions)), online=replace(cfg.online, prompts=2, group=64))
+    found = online_start.measure(cfg, per_caption=3)
+    assert {name: len(values) for name, values in found.items()} == {"oracle": 2, "clip": 2, "jpeg": 2}
+    assert found == online_start.measure(cfg, per_caption=3)
+    assert all(-3 < value < -0.5 for value in found["jpeg"])  # minus kB
+
+
+def test_rows_that_sample_alike_start_alike():
+    files = {name: online_start.file_of(cells(name, seeds=(0,))[0]) for name in ("d3po", "ddpo", "dragon", "d3po_jpeg")}
+    assert files["d3po"] == files["d3po_jpeg"]
+    assert len(set(files.values())) == 3
 
 
 @pytest.mark.slow
