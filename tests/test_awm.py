@@ -150,6 +150,16 @@ def test_hyperparameters_that_make_no_sense_are_refused(options, message):
         AWM(**options)
 
 
-def test_a_narrow_clip_is_counted():
-    out, _ = apart(replace(AWM(), off_policy=True, clip=1e-6))
-    assert out.metrics["clipfrac"].tolist() == [1.0] * 4
+def test_images_beyond_the_clip_are_counted():
+    method = replace(AWM(), off_policy=True)
+    gaps = (apart(method)[0].metrics["ratio"] - 1).abs()
+    middle = gaps.sort().values[1:3].mean().item()
+    out, _ = apart(replace(method, clip=middle))
+    assert sorted(out.metrics["clipfrac"].tolist()) == [0.0, 0.0, 1.0, 1.0]
+    assert out.metrics["clipfrac"].tolist() == (gaps > middle).float().tolist()
+
+
+def test_the_weighting_is_ghuber_with_the_published_power():
+    asked, _ = apart(AWM(weighting="ghuber", power=0.25, off_policy=True))
+    left_out, _ = apart(AWM(off_policy=True))
+    torch.testing.assert_close(left_out.loss, asked.loss)

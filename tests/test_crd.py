@@ -52,6 +52,15 @@ def test_two_temperatures_pull_from_both_sides():
     torch.testing.assert_close(warm.loss, plain.loss, atol=1e-5, rtol=1e-3)
 
 
+def test_a_temperature_is_the_mean_of_pulling_toward_good_images_and_away_from_bad_ones():
+    out, _ = apart(CRD(temperature=0.3, beta=2.0, kl_weight=0.0))
+    implicit, value = out.metrics["implicit"].double(), 0.5 + ADVANTAGE.double() / 10
+    expected = torch.zeros(4, dtype=torch.float64)
+    for weight in (torch.softmax(value / 0.3, 0), torch.softmax(-value / 0.3, 0)):
+        expected += 0.5 * (2 * (implicit - weight @ implicit) - (value - weight @ value)).square()
+    torch.testing.assert_close(out.loss.double(), 5 / 2 * expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_loss_is_least_where_implicit_rewards_are_the_rewards():
     value = torch.tensor([0.4, -0.1, -0.3], dtype=torch.float64)
     assert match(value, value, "mse").tolist() == [0.0] * 3

@@ -12,6 +12,16 @@ from diffalign.models.load import ModelSource
 from diffalign.online.parts import make_walk
 from diffalign.online_checks import check_work
 
+PUBLISHED = {
+    "ddpo": {"clip_range": 1e-4, "clip_advantage": 5.0, "advantage": "per_prompt"},
+    "d3po": {"beta": 0.1, "clip": 0.1, "pairs": "all"},
+    "flow_grpo": {"kl": 0.04, "clip_advantage": 5.0, "advantage": "global_std", "trust": "clip"},
+    "diffusion_nft": {"beta": 1.0, "kl_weight": 1e-4, "decay_type": 1, "level_fraction": 0.99},
+    "awm": {"weighting": "ghuber", "kl_weight": 1e-3, "old_kl_weight": 1.0, "level_fraction": 0.9, "level_count": 6},
+    "dgpo": {"beta": 100.0, "kl_weight": 1e-3, "clip": 0.01, "level_first": 7, "level_count": 4},
+    "crd": {"beta": 1.0, "kl_weight": 0.1, "loss": "mse"},
+}
+"""What the papers or their released code run with."""
 FILES = sorted(f for f in shipped.configs().glob("*.toml") if "[online]" in f.read_text())
 
 
@@ -20,6 +30,14 @@ def test_every_method_on_own_images_has_a_config():
 
     on_prompts = {name for name, method in METHODS.items() if method().needs.data == "prompts"}
     assert {load(file).method.__class__ for file in FILES} == {METHODS[name] for name in on_prompts}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_is_left_out_of_a_config_is_as_published(name):
+    from diffalign.methods import METHODS
+
+    held = vars(METHODS[name]())
+    assert {key: held[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)

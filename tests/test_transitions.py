@@ -609,6 +609,18 @@ def test_a_kernel_that_cannot_be_is_one_clear_error(name, options, message):
         kernel(name, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "eta"),
+    [("ddim", 1.0), ("euler_ancestral", 1.0), ("flow_sde", 0.7), ("dance", 0.3), ("cps", 0.8), ("flow_ddim", 1.0)],
+)
+def test_eta_left_out_is_as_published(name, eta):
+    walk, x, pred = some_walk(name), randn(2, 3), randn(2, 3, seed=1)
+    step = walk.step(torch.tensor([1, 2]))
+    left_out, asked = kernel(name)(pred, x, step), kernel(name, eta=eta)(pred, x, step)
+    assert torch.equal(left_out.std, asked.std)
+    assert torch.equal(left_out.mean, asked.mean)
+
+
 def test_a_kernel_on_the_wrong_kind_of_walk_is_one_clear_error():
     x = randn(1, 3)
     with pytest.raises(
