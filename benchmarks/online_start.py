@@ -1,13 +1,12 @@
-"""What the base model makes of the captions of a run's rounds, sampled as the run samples: where its line starts.
+"""What the base model makes of a run's rounds, from the same captions and initial noise: where its line starts.
 
-Rounds have different captions, some harder than others. A line of what the policy makes minus what the base model makes
-of the same captions starts at zero and says what training did.
+Rounds differ in how hard their captions are and in the luck of their noise. A line of what the policy makes minus what
+the base model makes of the same starts at zero and says what training did.
 """
 
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,117 +18,90 @@ from benchmarks.online_runs import OnlineCell
 from diffalign import rewards
 from diffalign.assemble import Parts, assemble
 from diffalign.checkpoint import write_atomic
-from diffalign.data.orders import Order
+from diffalign.online_round import OwnRound
 from diffalign.progress import bar
 from diffalign.sampling.rollout import initial_noise, rollout
 from diffalign.settings import TrainConfig
 from diffalign.types import RewardBatch
 
-PER_CAPTION = 4
-"""Images of each training caption."""
-BATCH = 64
+PER_CAPTION = 2
+"""Images of each caption of a round: the first of its group."""
 JUDGES = {**online_measures.ROUND_JUDGES, "jpeg": "jpeg"}
-
 NAMES = tuple(f"start_{name}" for name in JUDGES)
 """What `with_start` adds to a round."""
 
-Scores = dict[str, list[float]]
-"""By judge, the mean score of each training caption's images, captions in their order."""
+Means = dict[str, float]
+"""Of a round, by judge."""
+
+
+def with_start(cell: OnlineCell, curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rounds of a finished cell, each with what the base model makes of it as `start_<judge>`."""
+    found = start(cell, rounds=len(curve))
+    return [
+        {**one, **{f"start_{name}": value for name, value in means.items()}}
+        for one, means in zip(curve, found[: len(curve)], strict=True)
+    ]
+
+
+def start(cell: OnlineCell, rounds: int) -> list[Means]:
+    """The base model's means of a run's rounds, the first ones first; made where they are not there yet."""
+    file = cell.file.parent / f"start-{digest(sampling(cell))}.json"
+    known = read(file)
+    found: list[Means] = [] if known is None else known["rounds"]
+    if len(found) < rounds:
+        with tempfile.TemporaryDirectory() as folder:
+            cfg = online_runs.placed(cell.settings(), Path(folder) / "run")
+            found = found + measure(cfg, range(len(found) + 1, rounds + 1))
+        write_atomic(file, json.dumps({"sampling": sampling(cell), "rounds": found}) + "\n")
+    return found
 
 
 def sampling(cell: OnlineCell) -> dict[str, Any]:
-    """What the scores depend on; rows that sample alike share them."""
-    cfg = cell.settings()
-    assert cfg.online is not None, "a run on own images"
-    assert cfg.online.guidance == 1, "rows sample without guidance"
-    on_moves = cfg.method.needs.items in ("transitions", "transition_pairs")
-    asked = {key: cell.without_folders()["online"].get(key) for key in ("kernel", "steps", "table", "window")}
+    """What the means depend on; rows that sample alike share them, if their rounds have equally many captions."""
+    cfg, table = cell.settings(), cell.without_folders()["online"]
     return {
         "model": cell.model,
         "data": cfg.data.path,
-        "with_noise": on_moves,
-        **asked,
+        "seed": cell.seed,
+        "with_noise": cfg.method.needs.items in ("transitions", "transition_pairs"),
+        **{
+            key: table.get(key) for key in ("kernel", "steps", "table", "window", "guidance", "prompts", "shared_noise")
+        },
         "images": PER_CAPTION,
         "judges": JUDGES,
     }
 
 
-def file_of(cell: OnlineCell) -> Path:
-    """Where the scores are kept, beside the model's cells."""
-    return cell.file.parent / f"start-{digest(sampling(cell))}.json"
-
-
-def start(cell: OnlineCell) -> Scores:
-    """The base model's scores of training captions, made where they are not there yet."""
-    file = file_of(cell)
-    known = read(file)
-    if known is None:
-        with tempfile.TemporaryDirectory() as folder:
-            scores = measure(online_runs.placed(cell.settings(), Path(folder) / "run"))
-        known = {"sampling": sampling(cell), "scores": scores}
-        write_atomic(file, json.dumps(known) + "\n")
-    return known["scores"]
-
-
-def measure(cfg: TrainConfig, per_caption: int = PER_CAPTION) -> Scores:
-    """Samples every caption with the model as a run begins, and lets the judges look."""
-    parts = assemble(replace(cfg, online=replace(cfg.online, rewards=("jpeg",), set_reward=None, set_reference=None)))
-    assert parts.online is not None, "a run on own images"
-    captions = parts.online.prompts.prompts
-    cond = parts.online.encoders.prompts(captions)
-    rows = torch.arange(len(captions)).repeat_interleave(per_caption)
+def measure(cfg: TrainConfig, numbers: Sequence[int]) -> list[Means]:
+    """Samples rounds with the model as the run begins, and lets the judges look; round 1 is the first."""
+    parts = assemble(cfg)
     judges = {name: rewards.load(spec) for name, spec in JUDGES.items()}
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in judges}
-    with bar(f"training captions by {cfg.model.path}", len(rows)) as shown:
-        for number, part in enumerate(rows.split(BATCH)):
-            images = _images(parts, cond.rows(part), seeds=(BATCH * number + torch.arange(len(part))).tolist())
-            batch = RewardBatch(images=images, prompts=[captions[row] for row in part.tolist()])
-            for name, judge in judges.items():
-                found[name].append(judge.score(batch).scores)
-            shown.advance(len(part))
-    means = {name: torch.cat(scores).view(-1, per_caption).mean(1) for name, scores in found.items()}
-    return {name: [round(value, 5) for value in scores.tolist()] for name, scores in means.items()}
+    found = []
+    with bar(f"rounds by {cfg.model.path}", len(numbers)) as shown:
+        for number in numbers:
+            batch = _sampled(parts, number)
+            means = {name: float(judge.score(batch).scores.mean()) for name, judge in judges.items()}
+            found.append({name: round(value, 5) for name, value in means.items()})
+            shown.advance()
+    return found
 
 
-def _images(parts: Parts, cond: Any, *, seeds: list[int]) -> torch.Tensor:
-    """One batch on its way, with noise on a window that is drawn anew where the run has windows."""
+def _sampled(parts: Parts, number: int) -> RewardBatch:
+    """The first images of each group of a round."""
     online = parts.online
     assert online is not None, "a run on own images"
+    assert online.settings.guidance == 1, "rows sample without guidance"
+    entries = OwnRound(parts=parts, online=online, number=number).entries()
+    first = [entry for i, entry in enumerate(entries) if i % online.settings.group < PER_CAPTION]
+    prompts = [entry.prompt for entry in first]
     with torch.no_grad():
         walked = rollout(
             parts.policy,
             online.walk.kernel,
             online.walk.schedule,
-            cond,
-            seeds,
-            x_init=initial_noise(seeds, online.shape),
-            window=online.window(parts.cfg.seed, seeds[0]),
+            online.encoders.prompts(prompts),
+            [entry.seed for entry in first],
+            x_init=initial_noise([entry.noise_seed for entry in first], online.shape),
+            window=online.window(parts.cfg.seed, number),
         )
-    return online.encoders.decode(walked.x_0, online.scale)
-
-
-def with_start(cell: OnlineCell, curve: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rounds of a finished cell, each with the base model's means of its captions as `start_<judge>`."""
-    cfg, scores = cell.settings(), start(cell)
-    assert cfg.online is not None, "a run on own images"
-    return [
-        {**one, **_named(of_round(scores, number=one["round"], prompts=cfg.online.prompts, seed=cfg.seed))}
-        for one in curve
-    ]
-
-
-def _named(means: Mapping[str, float]) -> dict[str, float]:
-    return {f"start_{name}": value for name, value in means.items()}
-
-
-def of_round(scores: Mapping[str, list[float]], *, number: int, prompts: int, seed: int) -> dict[str, float]:
-    """By judge, the base model's mean over the captions of a round.
-
-    Args:
-        number: Of the round, 1 first.
-        prompts: Captions of a round.
-        seed: Of the run.
-    """
-    order = Order(len(next(iter(scores.values()))), seed)
-    places = [order.item((number - 1) * prompts + place) for place in range(prompts)]
-    return {name: sum(values[row] for row in places) / prompts for name, values in scores.items()}
+    return RewardBatch(images=online.encoders.decode(walked.x_0, online.scale), prompts=prompts)

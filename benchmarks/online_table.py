@@ -231,8 +231,8 @@ rows on `oracle` tiny-clip and tiny-aesthetic had none. A row "by labels" stoppe
 grades, 0 to 10, came by the label file.
 
 In the plot, lines are means over a round's images, which have the noise that a method samples with, minus what the base
-model makes of the same captions, sampled alike: {online_start.PER_CAPTION} images of each caption, from other noise.
-Each point is the mean of {online_plot.WINDOW} rounds and of the training seeds.
+model makes of the same captions from the same initial noise ({online_start.PER_CAPTION} images of each caption, sampled
+alike). Each point is the mean of {online_plot.WINDOW} rounds and of the training seeds.
 """
 
 _PAGE = f"""\

@@ -21,12 +21,10 @@ from benchmarks import (
 from benchmarks.online_measures import SCORED
 from benchmarks.online_runs import OnlineCell
 from benchmarks.scene_pictures import draw_pictures
-from diffalign.assemble import assemble
 from diffalign.data.prompts import read_prompts
 from diffalign.errors import InputError, RunError
 from diffalign.evaluate.score import read_image
 from diffalign.models.load import ModelSource, detect_family, load_pipeline
-from diffalign.online_round import OwnRound
 from diffalign.rewards.gaussians import Gaussian
 from diffalign.tiny import oracle, scenes
 from diffalign.types import PairBatch
@@ -38,7 +36,7 @@ PROMPTS = 200
 def runs(tmp_path, monkeypatch):
     """A folder in the place of benchmarks/online/."""
     monkeypatch.setattr(online_runs, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(online_start, "start", lambda cell: {name: [0.5] * 512 for name in online_start.JUDGES})
+    monkeypatch.setattr(online_start, "start", lambda _, rounds: rounds * [dict.fromkeys(online_start.JUDGES, 0.5)])
     for folder in ("runs/tiny-sd", "docs", "benchmarks"):
         (tmp_path / folder).mkdir(parents=True)
     return tmp_path
@@ -268,35 +266,41 @@ def test_lines_are_smoothed_by_what_came_before():
     assert online_plot.points({**row, "trained_on": "clip"}, "jpeg") == ([], [])
 
 
-def test_the_start_of_a_round_is_that_of_its_captions(tmp_path):
-    [cell] = cells("d3po", seeds=(3,))
-    cfg = online_runs.placed(cell.settings(), tmp_path)
-    sizes = replace(cfg.online, prompts=4, group=2, updates=1)
-    cfg = replace(cfg, online=sizes, train=replace(cfg.train, steps=200, batch_size=2, accumulate=24))
-    parts = assemble(cfg)
-    known = {caption: float(place) for place, caption in enumerate(parts.online.prompts.prompts)}
-    for number in (1, 2, 130):  # the last after all captions had their turn
-        entries = OwnRound(parts=parts, online=parts.online, number=number).entries()
-        found = online_start.of_round({"clip": list(known.values())}, number=number, prompts=4, seed=3)
-        assert found == {"clip": np.mean([known[entry.prompt] for entry in entries])}
-
-
-def test_a_run_starts_where_its_model_does(tmp_path):
-    [cell] = cells("ddpo", seeds=(0,))
+def test_a_round_of_the_base_model_is_the_first_round_of_a_run(tmp_path, monkeypatch):
+    """All images of a group, by the same judges."""
+    monkeypatch.setattr(online_start, "PER_CAPTION", 2)
+    [cell] = cells("ddpo", seeds=(3,))
     cfg = online_runs.placed(cell.settings(), tmp_path / "run")
-    captions = tmp_path / "two.txt"
-    captions.write_text("\n".join(read_prompts("tiny-train").prompts[:2]))
-    cfg = replace(cfg, data=replace(cfg.data, path=str(captions)), online=replace(cfg.online, prompts=2, group=64))
-    found = online_start.measure(cfg, per_caption=3)
-    assert {name: len(values) for name, values in found.items()} == {"oracle": 2, "clip": 2, "jpeg": 2}
-    assert found == online_start.measure(cfg, per_caption=3)
-    assert all(-3 < value < -0.5 for value in found["jpeg"])  # minus kB
+    sizes = replace(cfg.online, prompts=4, group=2, updates=1, steps=2, batch_size=8, window=None)
+    cfg = replace(cfg, online=sizes, train=replace(cfg.train, steps=2, batch_size=2, accumulate=8))
+    result = online_runs.training.run(cfg)
+    rounds = online_measures.curve(result.folder)
+    found = online_start.measure(replace(cfg, output=str(tmp_path / "base")), range(1, 3))
+    assert found[0]["oracle"] == pytest.approx(rounds[0]["oracle"], abs=2e-3)  # a run's images have 8 bits
+    assert found[0]["clip"] == pytest.approx(rounds[0]["clip"], abs=0.1)
+    assert found[1]["clip"] != pytest.approx(found[0]["clip"], abs=0.1)
 
 
-def test_rows_that_sample_alike_start_alike():
-    files = {name: online_start.file_of(cells(name, seeds=(0,))[0]) for name in ("d3po", "ddpo", "dragon", "d3po_jpeg")}
-    assert files["d3po"] == files["d3po_jpeg"]
-    assert len(set(files.values())) == 3
+def test_rounds_of_the_base_model_are_made_once_for_all_that_sample_alike(runs, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(online_runs, "RUNS", runs / "runs")
+    made = []
+
+    def measure(cfg, numbers):
+        made.append(list(numbers))
+        return [{name: float(number) for name in online_start.JUDGES} for number in numbers]
+
+    monkeypatch.setattr(online_start, "measure", measure)
+    d3po, jpeg, ddpo = (cells(name, seeds=(0,))[0] for name in ("d3po", "d3po_jpeg", "ddpo"))
+    curve = [{"round": k, "clip": 60.0} for k in (1, 2, 3)]
+    found = online_start.with_start(d3po, curve)
+    assert [one["start_clip"] for one in found] == [1.0, 2.0, 3.0]
+    assert [one["clip"] for one in found] == [60.0] * 3
+    online_start.start(jpeg, 2)
+    assert len(online_start.start(jpeg, 5)) == 5
+    online_start.start(ddpo, 1)
+    online_start.start(replace(ddpo, seed=1), 1)
+    assert made == [[1, 2, 3], [4, 5], [1], [1]]
 
 
 @pytest.mark.slow
