@@ -15,6 +15,7 @@ import torch
 from benchmarks import online_measures, online_runs
 from benchmarks.method_runs import digest, read
 from benchmarks.online_runs import OnlineCell
+from benchmarks.scene_pictures import draw_pictures
 from diffalign import rewards
 from diffalign.assemble import Parts, assemble
 from diffalign.checkpoint import write_atomic
@@ -49,6 +50,7 @@ def start(cell: OnlineCell, rounds: int) -> list[Means]:
     known = read(file)
     found: list[Means] = [] if known is None else known["rounds"]
     if len(found) < rounds:
+        draw_pictures(online_runs.PICTURES)
         with tempfile.TemporaryDirectory() as folder:
             cfg = online_runs.placed(cell.settings(), Path(folder) / "run")
             found = found + measure(cfg, range(len(found) + 1, rounds + 1))

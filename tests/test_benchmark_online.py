@@ -291,6 +291,7 @@ def test_rounds_of_the_base_model_are_made_once_for_all_that_sample_alike(runs, 
         return [{name: float(number) for name in online_start.JUDGES} for number in numbers]
 
     monkeypatch.setattr(online_start, "measure", measure)
+    monkeypatch.setattr(online_start, "draw_pictures", lambda _: None)
     d3po, jpeg, ddpo = (cells(name, seeds=(0,))[0] for name in ("d3po", "d3po_jpeg", "ddpo"))
     curve = [{"round": k, "clip": 60.0} for k in (1, 2, 3)]
     found = online_start.with_start(d3po, curve)
