@@ -26,7 +26,14 @@ ROWS = (
     OnlineRow(name="dgpo", config="dgpo"),
     OnlineRow(name="online_dpo", config="online_dpo"),
     OnlineRow(name="dragon", config="dragon"),
-    OnlineRow(name="curated", config="curated"),
+    OnlineRow(
+        name="curated",
+        config="curated",
+        tried={
+            "tiny-sd": "One seed each, other captions, change of tiny-clip: lr 2e-4 -3.0; six steps without noise "
+            "-1.1, at lr 2e-4 -9.6, and -13.8 with a random choice in place of the best of eight."
+        },
+    ),
     OnlineRow(name="d3po_jpeg", config="d3po_jpeg", reward="jpeg"),
     OnlineRow(name="ddpo_jpeg", config="ddpo_jpeg", reward="jpeg"),
     OnlineRow(
