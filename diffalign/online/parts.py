@@ -18,7 +18,7 @@ from diffalign.models.policy import Reference, make_old
 from diffalign.online.scoring import Judges, load_judges
 from diffalign.online.settings import KernelSettings, OnlineSettings
 from diffalign.sampling.kernels import Kernel
-from diffalign.sampling.rollout import draw_window, noisy_steps
+from diffalign.sampling.rollout import check_solver, draw_window, noisy_steps
 from diffalign.sampling.schedule import few_steps, make_schedule
 from diffalign.sampling.walk import KernelWalk
 from diffalign.types import Needs
@@ -127,6 +127,7 @@ def make_walk(
             f"online.kernel must have noise with a method that needs log-probs of its moves, got {chosen.name!r} "
             "without any; raise online.kernel.eta, or leave online.kernel out"
         )
+    check_solver(chosen, len(schedule), len(noisy) if settings.window is None else settings.window.size)
     if settings.window is not None:
         if not on_moves:
             raise InputError("online.window must be left out with a method that does not train on moves")

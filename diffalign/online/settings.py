@@ -26,6 +26,8 @@ class KernelSettings:
     """Of `ddpm`."""
     form: Literal["normal", "scaled_sq"] | None = None
     """Of log-probs; None is the kernel's own."""
+    solver_order: Literal[1, 2] | None = None
+    """Of moves without noise: 1, where it is left out, is DDIM or a flow's Euler move; 2 is DPM-Solver++(2M)."""
 
     def make(self) -> Kernel:
         """The kernel with its options.
@@ -34,7 +36,7 @@ class KernelSettings:
             InputError: Unknown name, an option that the kernel does not have, or one out of its range.
         """
         options = {k: v for k, v in asdict(self).items() if v is not None}
-        return kernel(options.pop("name"), form=options.pop("form", None), **options)
+        return kernel(options.pop("name"), **options)
 
 
 @dataclass(frozen=True, kw_only=True)

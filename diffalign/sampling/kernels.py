@@ -158,6 +158,8 @@ class Kernel:
     move: Move
     form: Form = "normal"
     """Of its log-probs."""
+    solver_order: int = 1
+    """Of moves without noise in a rollout, outside a window: 1 is `ode`, 2 is DPM-Solver++(2M) of solvers.py."""
 
     def __call__(self, pred: Samples, x_t: Samples, step: Step) -> Transition:
         return self.move(pred, x_t, step)
@@ -172,7 +174,7 @@ class Kernel:
         return self(x, x, schedule.moves).std
 
 
-def kernel(name: str, *, form: str | None = None, **options: Any) -> Kernel:
+def kernel(name: str, *, form: str | None = None, solver_order: int = 1, **options: Any) -> Kernel:
     """A kernel by name, with its options bound; options left out have their published values.
 
     Raises:
@@ -182,6 +184,8 @@ def kernel(name: str, *, form: str | None = None, **options: Any) -> Kernel:
         raise InputError(f"kernel must be a known kernel, got {name!r}{near_match(name, KERNELS)}")
     if form not in (None, "normal", "scaled_sq"):
         raise InputError(f"kernel.form must be 'normal' or 'scaled_sq', got {form!r}")
+    if solver_order not in (1, 2):
+        raise InputError(f"kernel.solver_order must be 1 or 2, got {solver_order!r}")
     known = {p.name: p for p in inspect.signature(KERNELS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY}
     for key, value in options.items():
         if key not in known:
@@ -198,7 +202,7 @@ def kernel(name: str, *, form: str | None = None, **options: Any) -> Kernel:
     chosen: Form = _FORMS.get(name, "normal")
     if form is not None:
         chosen = "normal" if form == "normal" else "scaled_sq"
-    return Kernel(name=name, move=move, form=chosen)
+    return Kernel(name=name, move=move, form=chosen, solver_order=solver_order)
 
 
 _KINDS: dict[str, Kind] = {"ode": "flow", "ddim": "vp", "ddpm": "vp", "euler_ancestral": "ve", "flow_sde": "flow",

@@ -21,6 +21,7 @@ from diffalign.progress import Advancing
 from diffalign.rng import generator
 from diffalign.sampling.kernels import Kernel, ode
 from diffalign.sampling.schedule import Schedule
+from diffalign.sampling.solvers import Before, dpmpp_2m
 from diffalign.sampling.transitions import predict, transition
 from diffalign.types import Cond, Denoiser, Trajectory
 
@@ -80,6 +81,15 @@ def noisy_steps(kernel: Kernel, schedule: Schedule, window: range | None = None)
     return tuple(window)
 
 
+def check_solver(kernel: Kernel, moves: int, noisy: int) -> None:
+    """Raises InputError for a second order that no move would have: it takes two without noise, one after the other."""
+    if kernel.solver_order > 1 and moves - noisy < 2:
+        raise InputError(
+            f"kernel.solver_order must be 1 where fewer than 2 moves are without noise, got {kernel.solver_order} with "
+            f"noise on {noisy} of {moves} by {kernel.name!r}; take the kernel 'ode', or a window"
+        )
+
+
 @torch.no_grad()
 def rollout(
     denoiser: Denoiser,
@@ -113,19 +123,25 @@ def rollout(
         raise ValueError(f"seeds, x_init and cond must be of one length, got {len(seeds)} and {len(x_init)}")
     _check_noise(variance_noise, (len(x_init), len(schedule), *x_init.shape[1:]))
     noisy = noisy_steps(kernel, schedule, window)
+    check_solver(kernel, len(schedule), len(noisy))
     kept = _kept_levels(noisy, len(schedule), keep)
     x = _stored(schedule.start_std * x_init.float(), 0 in kept, keep)
     states, log_prob, x_0_hat = ([x] if 0 in kept else []), [], []
+    before: Before | None = None
     for i in range(len(schedule)):
         step = schedule.step(torch.full((len(x),), i))
         pred = predict(denoiser, x, step, cond)
+        x_0 = step.implied(pred, x)[0]
         if keep.x_0_hat:
-            x_0_hat.append(step.implied(pred, x)[0])
-        move = kernel(pred, x, step) if i in noisy else ode(pred, x, step)
-        x_s = move.sample(_step_noise(seeds, i, x, variance_noise)) if i in noisy else move.mean
-        x = _stored(x_s, i + 1 in kept, keep)
+            x_0_hat.append(x_0)
         if i in noisy:
+            move, before = kernel(pred, x, step), None
+            x = _stored(move.sample(_step_noise(seeds, i, x, variance_noise)), i + 1 in kept, keep)
             log_prob.append(kernel.log_prob(move, x))
+        else:
+            first = kernel.solver_order == 1
+            x_s = ode(pred, x, step).mean if first else dpmpp_2m(x_0, x, step, before)
+            x, before = _stored(x_s, i + 1 in kept, keep), Before(x_0, step)
         if i + 1 in kept:
             states.append(x)
         if shown is not None:
