@@ -24,6 +24,7 @@ ROWS = (
     OnlineRow(name="diffusion_nft", config="diffusion_nft"),
     OnlineRow(name="awm", config="awm"),
     OnlineRow(name="dgpo", config="dgpo"),
+    OnlineRow(name="crd", config="crd"),
     OnlineRow(name="online_dpo", config="online_dpo"),
     OnlineRow(name="dragon", config="dragon"),
     OnlineRow(
