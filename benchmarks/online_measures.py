@@ -81,7 +81,7 @@ def curve(folder: Path, look: Look | None = None) -> list[dict[str, Any]]:
             continue
         images += line["images"]
         place = folder / "rounds" / f"round-{line['round']}"
-        own = {key: line[key] for key in line if key.startswith(("score/", "set_")) and not key.endswith("/std")}
+        own = {key: line[key] for key in line if key.startswith(("score/", "set_")) and key.count("/") < 2}
         seen = look(place, _lines(place / "manifest.jsonl"))
         found.append({"round": line["round"], "images": images, "own": own, **seen})
     return found

@@ -65,7 +65,8 @@ def _begin(this: OwnRound, book: Logbook) -> Phase:
     if parts.cfg.method.needs.items == "transitions":
         _remember_old(this, store, collator, policy)
     if this.fresh:
-        told = {"round": this.number, "images": online.settings.images, "kept": len(selection.places)}
+        made = {"images": online.settings.images, "images_so_far": online.settings.images * this.number}
+        told = {"round": this.number, **made, "kept": len(selection.places)}
         seconds = {"sampling_seconds": round(sampled - began, 4), "seconds": round(time.monotonic() - began, 4)}
         book.round(this.start, {**told, **statistics(scored), **selection.metrics, **seconds})
     return Phase(

@@ -84,11 +84,14 @@ def _past(this: OwnRound) -> dict[str, dict[str, list[float]]]:
 
 
 def statistics(scored: Scored) -> dict[str, float]:
-    """Mean and spread of each reward over the round, and the mean log-ratio, an estimate of the walk's KL."""
-    found = {}
+    """Of each reward mean and spread over the round, and the mean over prompts of their best image; the mean log-ratio,
+    an estimate of the walk's KL."""
+    found, prompts = {}, [scored.group == group for group in scored.group.unique()]
     for name, values in scored.scores.items():
         found[f"score/{name}"] = round(float(values.double().mean()), 6)
         found[f"score/{name}/std"] = round(float(values.double().std(correction=0)), 6)
+        best = [float(values[of].double().max()) for of in prompts]
+        found[f"score/{name}/best"] = round(sum(best) / len(best), 6)
     if scored.log_ratio is not None:
         found["log_ratio"] = round(float(scored.log_ratio.double().mean()), 6)
     return found

@@ -1,6 +1,7 @@
 """Online runs: what a round leaves on disk, ratios of 1, runs that were stopped in every phase, bad input."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from diffalign.evaluate.curves import read_training
 from diffalign.logbook import Logbook
 from diffalign.online.store import Store
 from diffalign.online_rounds import own_phases
+from diffalign.online_scores import statistics
+from diffalign.types import Scored
 from tests import worlds
 from tests.test_train import metrics, same, weights
 
@@ -71,10 +74,22 @@ def test_a_run_on_its_own_images_starts_every_method_where_policy_and_reference_
     assert steps[1]["loss"] != steps[0]["loss"]
     first, second = rounds_of(result.folder)
     assert (first["round"], first["images"], second["step"]) == (1, 4, 2)
+    assert (first["images_so_far"], second["images_so_far"]) == (4, 8)
     assert first["score/brightness"] != second["score/brightness"]
     assert (result.export / "pytorch_lora_weights.safetensors").is_file()
     words = "2 rounds of 4, 2 a prompt, judged by `tests.online_rewards:brightness`."
     assert words in (result.export / "README.md").read_text().replace("\n", " ")
+
+
+def test_a_round_says_of_each_reward_its_mean_its_spread_and_the_best_of_each_prompt():
+    scored = Scored(
+        scores={"a": torch.tensor([1.0, 3.0, -2.0, -4.0, -6.0])},
+        weights={"a": 1.0},
+        group=torch.tensor([0, 0, 3, 3, 3]),
+        prompts=["x", "y", "z", "w"],
+    )
+    found = statistics(scored)
+    assert found == {"score/a": -1.6, "score/a/std": pytest.approx(math.sqrt(10.64), abs=1e-6), "score/a/best": 0.5}
 
 
 @pytest.mark.parametrize("sampled", [2, 4, 3], ids=lambda n: f"sampled by {n}")
