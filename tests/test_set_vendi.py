@@ -7,7 +7,7 @@ import torch
 
 from diffalign.errors import InputError
 from diffalign.rewards.mmd import unit
-from diffalign.rewards.vendi import influence, leave_one_out, per_sample, vendi
+from diffalign.rewards.vendi import VendiTally, influence, leave_one_out, per_sample, vendi
 from diffalign.types import Embedded
 from tests.sets import draw, fixture
 
@@ -149,6 +149,42 @@ def test_influence_is_leaving_out_to_first_order(q, columns):
         x = Embedded(rows=rows.repeat(times, 1), counts=(1, 2, 1, 2) * times)
         errors.append((leave_one_out(x, q) - influence(x, q)).abs().max().item())
     assert errors[1] < errors[0] / 12
+
+
+def test_influence_is_the_slope_of_the_score_towards_the_set_without_a_sample():
+    """Of order 2, 1 / tr(rho^2), in closed form: 2 tr(rho (rho_without - rho)) / tr(rho^2)^2."""
+    rows, counts = unit(draw(6, 4)), (1, 3, 2)
+
+    def density(some: torch.Tensor) -> torch.Tensor:
+        return some.T @ some / len(some)
+
+    rho, parts = density(rows), rows.split(counts)
+    rest = [density(torch.cat([p for j, p in enumerate(parts) if j != i])) for i in range(3)]
+    expected = [2 * float((rho * (without - rho)).sum()) / float(rho.square().sum()) ** 2 for without in rest]
+    assert influence(Embedded(rows=rows, counts=counts), 2.0).tolist() == pytest.approx(expected, rel=1e-11)
+
+
+def test_at_infinite_order_kinds_that_are_most_common_alike_share_the_slope():
+    """Two kinds of two and one alone: the score is 5 / 2. Without the last its slope is 0.625 less; without one of the
+    first kind, half of whose weight in the slope the second kind holds, 0.15625 more."""
+    rows = torch.eye(3)[[0, 0, 1, 1, 2]]
+    found = influence(singles(rows), math.inf)
+    assert vendi(rows, math.inf).item() == pytest.approx(2.5)
+    assert found.tolist() == pytest.approx([-0.15625] * 4 + [0.625])
+
+
+def test_two_samples_are_enough_to_leave_one_out_and_two_rows_to_be_a_set():
+    assert leave_one_out(singles(torch.eye(2))).tolist() == pytest.approx([1, 1])
+    assert influence(singles(torch.eye(2))).tolist() == pytest.approx([0, 0], abs=1e-12)
+    assert per_sample(Embedded(rows=torch.eye(4), counts=(2, 2))).tolist() == pytest.approx([2, 2])
+
+
+def test_the_order_is_1_where_nobody_chose():
+    x = singles(draw(6, 4))
+    for way in (leave_one_out, influence):
+        assert torch.equal(way(x), way(x, 1.0))
+    whole = VendiTally.of(x, range(6))
+    assert whole.score == pytest.approx(vendi(x.rows, 1.0).item(), rel=1e-12)
 
 
 def test_a_copy_adds_nothing_and_a_stranger_most():
