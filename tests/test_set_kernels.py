@@ -1,5 +1,6 @@
 """KID, CMMD and KAD: goldens of methods/rewards.md 13, slow double loops and torchmetrics as oracles."""
 
+import inspect
 import math
 import warnings
 
@@ -205,6 +206,26 @@ def test_influence_is_leaving_out_to_first_order(kind, counts):
         sums = sums_of(rows.repeat(times, 1), y, counts * times, kernel, unbiased)
         errors.append((sums.leave_one_out() - sums.influence()).abs().max().item())
     assert errors[1] < errors[0] / 40
+
+
+def test_influence_is_the_slope_of_the_biased_distance_towards_the_set_without_a_sample():
+    """MMD^2 is quadratic in the weights w of the rows: its slope along d is 2 w^T K d - 2 k_y^T d."""
+    kernel, counts = gaussian(1.5), (3, 1, 4, 2, 2)
+    x, y = draw(12, 4, 1), draw(20, 4, 2, shift=0.4)
+    w, start, expected = torch.full((12,), 1 / 12, dtype=torch.float64), 0, []
+    for count in counts:
+        without = torch.full((12,), 1 / (12 - count), dtype=torch.float64)
+        without[start : start + count] = 0
+        d, start = without - w, start + count
+        expected.append(float(2 * w @ kernel(x, x) @ d - 2 * kernel(x, y).mean(1) @ d))
+    found = sums_of(x, y, counts, kernel, False).influence()
+    assert found.tolist() == pytest.approx(expected, rel=1e-10)
+
+
+def test_subsets_of_published_numbers_are_100_of_1000_rows():
+    known = inspect.signature(kid_subsets).parameters
+    assert (known["subsets"].default, known["size"].default) == (100, 1000)
+    assert kid_subsets(draw(2, 3, 1), draw(9, 3, 2), subsets=1)[0].isfinite()
 
 
 def test_influences_ranks_like_leaving_out_and_a_far_sample_is_last():
