@@ -222,6 +222,23 @@ def test_influence_is_the_slope_of_the_biased_distance_towards_the_set_without_a
     assert found.tolist() == pytest.approx(expected, rel=1e-10)
 
 
+def test_influence_on_the_unbiased_distance_leaves_a_row_out_of_its_own_mean():
+    x, y, kernel = draw(2, 4, 1), draw(20, 4, 2, shift=0.4), gaussian(2.0)
+    witness = [float(kernel(x, x)[0, 1] - kernel(x[i : i + 1], y).mean()) for i in range(2)]
+    found = sums_of(x, y, (1, 1), kernel, True).influence()
+    assert found.tolist() == pytest.approx([witness[1] - witness[0], witness[0] - witness[1]], rel=1e-10)
+
+
+@pytest.mark.parametrize(("unbiased", "least"), [(True, 2), (False, 1)])
+def test_as_many_rows_must_be_left_as_the_distance_takes(unbiased, least):
+    def alone(rows: int) -> KernelSums:
+        return sums_of(draw(rows, 4, 1), draw(20, 4, 2), (1,) * rows, gaussian(2.0), unbiased)
+
+    assert alone(least + 1).leave_one_out().isfinite().all()
+    with pytest.raises(InputError, match=f"at least {least} embeddings without any one sample, got {least} of {least}"):
+        alone(least).leave_one_out()
+
+
 def test_subsets_of_published_numbers_are_100_of_1000_rows():
     known = inspect.signature(kid_subsets).parameters
     assert (known["subsets"].default, known["size"].default) == (100, 1000)
