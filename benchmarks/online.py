@@ -37,14 +37,7 @@ ROWS = (
     ),
     OnlineRow(name="d3po_jpeg", config="d3po_jpeg", reward="jpeg"),
     OnlineRow(name="ddpo_jpeg", config="ddpo_jpeg", reward="jpeg"),
-    OnlineRow(
-        name="dragon_frechet",
-        config="dragon_frechet",
-        reward="frechet",
-        tried={
-            "tiny-sd3": "24 rounds in place of 12 changed it by +0.002 (-0.004 to +0.008), one seed, other captions."
-        },
-    ),
+    OnlineRow(name="dragon_frechet", config="dragon_frechet", reward="frechet"),
     OnlineRow(name="dragon_vendi", config="dragon_vendi", reward="vendi"),
     OnlineRow(name=PEOPLE, config=PEOPLE, reward="oracle", people=True),
     OnlineRow(name="d3po_oracle", config=PEOPLE, reward="oracle", changes=('online.rewards=["oracle"]',)),
