@@ -409,8 +409,17 @@ def test_a_far_sample_has_the_lowest_credit():
         assert way(singles(rows), y).argmin() == 7
 
 
+@pytest.mark.parametrize("way", [leave_one_out, influence])
+def test_two_rows_must_be_left_to_have_a_covariance(way):
+    y = Gaussian.of(draw(20, 4, 2))
+    assert way(singles(draw(3, 4, 1)), y).isfinite().all()
+    with pytest.raises(InputError, match="at least 2 embeddings without any one sample, got 2 of 2"):
+        way(singles(draw(2, 4, 1)), y)
+
+
 def test_a_clip_is_measured_by_its_own_rows():
     x, y = draw(9, 12, 1), draw(60, 12, 2)
+    assert per_sample(Embedded(rows=x[:4], counts=(2, 2)), Gaussian.of(y)).isfinite().all()
     found = per_sample(Embedded(rows=x, counts=(4, 5)), Gaussian.of(y))
     expected = [frechet_distance(part, y, route="rows").item() for part in x.split((4, 5))]
     assert found.tolist() == pytest.approx(expected, rel=1e-11)
