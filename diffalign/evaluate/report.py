@@ -109,9 +109,6 @@ def _sections(
     pictures = album(results.arms, list(rewards), table, folder, next(iter(labels.values()), None), medium)
     judged = [(c, views.judge(c)) for c in views.versus_base(results)]
     changes = [(views.name_of(results, c), name, pictures.largest_changes(c, name)) for c, name in judged]
-    runs = {arm: model.get("run") for arm, model in results.models.items()}
-    trained = {arm: read_training(Path(run)) for arm, run in runs.items() if run}
-    watched = {arm: read_watch(Path(run)) for arm, run in runs.items() if run}
     swept = sweep and {
         "figures": views.sweep_charts(sweep, views.styles(results)),
         "words": views.sweep_words(sweep),
@@ -155,18 +152,7 @@ def _sections(
             template="correlations",
             about=[c for c in views.versus_base(results) if c.correlations],
         ),
-        Section(
-            id="training",
-            title="Training",
-            template="training",
-            about={arm: found for arm, found in trained.items() if found},
-        ),
-        Section(
-            id="guard",
-            title="Guard of the training",
-            template="guard",
-            about={arm: found for arm, found in watched.items() if found},
-        ),
+        *_of_training(results),
         Section(id="gallery", title=medium.gallery, template="gallery", about=pictures.unselected()),
         Section(
             id="changes",
@@ -183,6 +169,27 @@ def _sections(
         ),
     ]
     return parts
+
+
+def _of_training(results: Results) -> list[Section]:
+    """What the runs of the arms left behind of their training, and what was watched during it."""
+    runs = {arm: model.get("run") for arm, model in results.models.items()}
+    trained = {arm: read_training(Path(run)) for arm, run in runs.items() if run}
+    watched = {arm: read_watch(Path(run)) for arm, run in runs.items() if run}
+    return [
+        Section(
+            id="training",
+            title="Training",
+            template="training",
+            about={arm: found for arm, found in trained.items() if found},
+        ),
+        Section(
+            id="guard",
+            title="Guard of the training",
+            template="guard",
+            about={arm: found for arm, found in watched.items() if found},
+        ),
+    ]
 
 
 def python_call(results: Results, folder: Path) -> str:
