@@ -15,7 +15,8 @@ from diffalign.sampling.kernels import Kernel, kernel, ode
 from diffalign.sampling.rollout import Keep, initial_noise, rollout
 from diffalign.sampling.schedule import Schedule, flow_schedule, make_schedule, vp_schedule
 from diffalign.sampling.solvers import Before, dpmpp_2m
-from diffalign.types import Cond, Needs, Trajectory
+from diffalign.types import Needs, Trajectory
+from tests.test_rollout import conds
 from tests.test_transitions import SD3_CONFIG, gaussian
 from tests.toys import SHAPE, toy
 
@@ -103,10 +104,6 @@ def test_on_an_exact_flow_half_the_step_leaves_a_quarter_of_the_error():
 
 
 # in a rollout
-
-
-def conds(size: int) -> Cond:
-    return Cond({"c": torch.arange(size * 3).reshape(size, 3) / 10})
 
 
 def rolled(chosen: Kernel, **options) -> Trajectory:

@@ -131,17 +131,18 @@ def rollout(
     for i in range(len(schedule)):
         step = schedule.step(torch.full((len(x),), i))
         pred = predict(denoiser, x, step, cond)
-        x_0 = step.implied(pred, x)[0]
         if keep.x_0_hat:
-            x_0_hat.append(x_0)
+            x_0_hat.append(step.implied(pred, x)[0])
         if i in noisy:
             move, before = kernel(pred, x, step), None
             x = _stored(move.sample(_step_noise(seeds, i, x, variance_noise)), i + 1 in kept, keep)
             log_prob.append(kernel.log_prob(move, x))
+        elif kernel.solver_order == 1:
+            x = _stored(ode(pred, x, step).mean, i + 1 in kept, keep)
         else:
-            first = kernel.solver_order == 1
-            x_s = ode(pred, x, step).mean if first else dpmpp_2m(x_0, x, step, before)
-            x, before = _stored(x_s, i + 1 in kept, keep), Before(x_0, step)
+            x_0 = step.implied(pred, x)[0]
+            x_s, before = dpmpp_2m(x_0, x, step, before), Before(x_0, step)
+            x = _stored(x_s, i + 1 in kept, keep)
         if i + 1 in kept:
             states.append(x)
         if shown is not None:
