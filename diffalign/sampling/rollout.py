@@ -82,7 +82,7 @@ def noisy_steps(kernel: Kernel, schedule: Schedule, window: range | None = None)
 
 
 def check_solver(kernel: Kernel, moves: int, noisy: int) -> None:
-    """Raises InputError for a second order that no move would have: it takes two without noise, one after the other."""
+    """Raises InputError for a second order where fewer than two moves are without noise."""
     if kernel.solver_order > 1 and moves - noisy < 2:
         raise InputError(
             f"kernel.solver_order must be 1 where fewer than 2 moves are without noise, got {kernel.solver_order} with "
